@@ -1,0 +1,93 @@
+"""What an engine must offer to the service, and the text side that goes with a model.
+
+Arrays in, arrays out. A backend knows no transport, no queue of clients and no cache; it may assume that the service
+has checked every id, length and limit. It batches what is submitted at the same time as it likes, never lets one
+sequence's result depend on what else was in its batch beyond rounding, and stops work whose awaiting task is cancelled.
+Legend: N tokens, T scored positions, P prompt tokens, R new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from protos.scores import (
+    FinishReason,
+    Floats,
+    Ids,
+    Message,
+    Mode,
+    Sampling,
+    Scores,
+    ScoreSpec,
+    Sequence,
+    TeacherInfo,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """New tokens of one of a prompt's n completions: int32[R], float32[R] at temperature 1 or None, its end."""
+
+    sample_index: int
+    token_ids: Ids
+    logprobs: Floats | None = None
+    finish_reason: FinishReason | None = None
+
+
+class TextCodec(Protocol):
+    """The tokenizer and the chat template of a teacher."""
+
+    def encode(self, text: str) -> Ids:
+        """int32[N] of plain text, without special tokens added; special tokens spelled out in `text` are recognised."""
+        ...
+
+    def decode(self, token_ids: Ids) -> str:
+        """The text of int32[N]; special tokens are left out, think tags are kept."""
+        ...
+
+    def render(self, messages: tuple[Message, ...], mode: Mode | None) -> Ids:
+        """int32[P] of a conversation with the opening of the assistant's turn; ValueError where the template refuses."""
+        ...
+
+
+class Backend(Protocol):
+    """An engine with one loaded model."""
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What GetTeacher answers; valid once `start` has returned."""
+        ...
+
+    @property
+    def text(self) -> TextCodec:
+        """The model's tokenizer and template; valid once `start` has returned."""
+        ...
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that one engine step takes; the service keeps about twice as many submitted, and no more."""
+        ...
+
+    async def start(self) -> None:
+        """Loads the model and checks itself; raises ValueError for what the operator can mend, naming it."""
+        ...
+
+    async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
+        """The scores of one sequence, every field that `spec.fields(...)` names; TeacherFailed where it cannot."""
+        ...
+
+    def generate(
+        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+    ) -> AsyncIterator[list[Piece]]:
+        """The pieces of the n completions of int32[P]; where `stream` is False, one piece for each, at its end."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether the engine still answers."""
+        ...
+
+    async def close(self) -> None:
+        """Stops the engine and frees the model; calls in flight fail with Unavailable."""
+        ...

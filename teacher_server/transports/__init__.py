@@ -1,0 +1,1 @@
+"""gRPC and HTTP faces of one service; they turn bytes into domain objects and errors into statuses, nothing more."""
