@@ -48,7 +48,7 @@ class TextCodec(Protocol):
         ...
 
     def render(self, messages: tuple[Message, ...], mode: Mode | None) -> Ids:
-        """int32[P] of a conversation with the opening of the assistant's turn; ValueError where the template refuses."""
+        """int32[P] of a conversation and the opening of the assistant's turn; ValueError where the template refuses."""
         ...
 
 
