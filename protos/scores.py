@@ -208,7 +208,7 @@ class Scores:
         for name, array in self.arrays().items():
             want = np.int32 if name == "top_token_ids" else np.float32
             if array.dtype != want or array.ndim != (1 if name == "token_logprobs" else 2):
-                raise ValueError(f"{name} must be {np.dtype(want).name}[T{'' if array.ndim == 1 else ',..'}]")
+                raise ValueError(f"{name} must be {np.dtype(want).name}[T{'' if name == 'token_logprobs' else ',..'}]")
             rows.add(array.shape[0])
         if len(rows) > 1:
             raise ValueError(f"the fields of one score have different numbers of rows: {sorted(rows)}")

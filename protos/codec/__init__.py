@@ -13,12 +13,13 @@ from protos.codec.generate import (
     encode_generate_request,
 )
 from protos.codec.score import CHUNK_BYTES, ScoreRequestReader, ScoreResponseReader, encode_score_request, encode_scores
-from protos.codec.status import GRPC_NUMBERS, decode_error, encode_error, frame, unframe
+from protos.codec.status import GRPC_NUMBERS, FrameReader, decode_error, encode_error, frame, frame_error, unframe
 from protos.codec.teacher import decode_teacher, decode_teacher_bytes, encode_teacher
 
 __all__ = [
     "CHUNK_BYTES",
     "GRPC_NUMBERS",
+    "FrameReader",
     "ScoreRequestReader",
     "ScoreResponseReader",
     "decode_deltas",
@@ -35,5 +36,6 @@ __all__ = [
     "encode_scores",
     "encode_teacher",
     "frame",
+    "frame_error",
     "unframe",
 ]
