@@ -1,0 +1,29 @@
+"""`python -m teacher_server`: parses the configuration, then imports and runs the server.
+
+Exit codes: 0 stopped, 1 could not start, 2 the configuration cannot be used.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from teacher_server.settings import ConfigError, load, render, report
+
+
+def main() -> int:
+    """Runs one server until it is told to stop."""
+    try:
+        config, dry_run = load(sys.argv[1:])
+    except ConfigError as error:
+        report(error)
+        return 2
+    if dry_run:
+        print(render(config), end="")
+        return 0
+    from teacher_server.run import run
+
+    return run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

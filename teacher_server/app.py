@@ -1,0 +1,214 @@
+"""One server process: both transports on one event loop, the backend behind them, from the first bind to the last call.
+
+`/health` answers from the start and `/ready` once the backend has loaded; SIGTERM or SIGINT lets calls in progress end.
+It knows no message and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from teacher_server.auth import Authenticator, TrustingAuthenticator
+from teacher_server.backends.base import Backend
+from teacher_server.config import ServerConfig
+from teacher_server.metrics import Metrics
+from teacher_server.service import ServiceSettings, TeacherService
+from teacher_server.transports.grpc_transport import GrpcTransport
+from teacher_server.transports.http_app import create_app
+from teacher_server.transports.http_transport import Http
+
+log = logging.getLogger(__name__)
+
+HEALTH_INTERVAL_S = 5.0
+FLUSH_S = 5.0
+"""Seconds in which answers that are complete may still leave their sockets."""
+
+
+class StartError(Exception):
+    """The server cannot start; the text is one line for the operator."""
+
+
+class _Uvicorn(uvicorn.Server):
+    """A uvicorn that leaves signals to the application."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class App:
+    """A server that `run` starts, serves and stops. Make it on the event loop that runs it."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        make_backend: Callable[[], Backend],
+        authenticator: Authenticator | None = None,
+    ) -> None:
+        self._config = config
+        self._make_backend = make_backend
+        self._stopping = asyncio.Event()
+        self._hurry = asyncio.Event()
+        mib = 1 << 20
+        settings = ServiceSettings(config.queue_tokens, config.queue_sequences, config.cache, config.cache_mib * mib)
+        self.service = TeacherService(settings, Metrics())
+        authenticator = authenticator or TrustingAuthenticator()
+        limit = config.max_request_mib * mib
+        self._grpc = GrpcTransport(
+            self.service, authenticator, max_message_bytes=config.max_message_mib * mib, max_request_bytes=limit
+        )
+        self._http = _Uvicorn(
+            uvicorn.Config(
+                create_app(Http(self.service, authenticator, limit)),
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                timeout_graceful_shutdown=int(FLUSH_S),
+            )
+        )
+        self._loop = asyncio.get_running_loop()
+        self.left_loading = False
+        """Whether `stop` came while the backend was loading; its thread may still run."""
+        self.grpc_address = ""
+        """host:port once bound."""
+        self.http_address = ""
+        """http://host:port once bound."""
+
+    def stop(self) -> None:
+        """Begins to drain; a second call gives up what is still in progress."""
+        (self._hurry if self._stopping.is_set() else self._stopping).set()
+
+    async def run(self) -> None:
+        """Serves until `stop`; StartError where it cannot begin."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not in the main thread
+                self._loop.add_signal_handler(number, self.stop)
+        listener = _listen(self._config.host, self._config.http_port)
+        backend: Backend | None = None
+        try:
+            host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+            try:
+                grpc_port = await self._grpc.start(self._config.host, self._config.grpc_port)
+            except OSError as error:
+                raise StartError(str(error)) from error
+            self.grpc_address = f"{host}:{grpc_port}"
+            self.http_address = f"http://{host}:{listener.getsockname()[1]}"
+            log.info("gRPC on %s, HTTP on %s; loading %s", self.grpc_address, self.http_address, self._config.model)
+            web = asyncio.create_task(self._http.serve([listener]))
+            try:
+                backend = await self._load()
+                if backend is not None:
+                    await self._serve(backend)
+            finally:
+                await self._shut(web)
+        finally:
+            listener.close()
+            if backend is not None:
+                await backend.close()
+
+    async def _load(self) -> Backend | None:
+        """The loaded backend; None where `stop` came first."""
+        loading = asyncio.create_task(self._start_backend())
+        stopping = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not loading.done():
+            loading.cancel()
+            self.left_loading = True
+            log.info("stopped while loading")
+            return None
+        return loading.result()
+
+    async def _start_backend(self) -> Backend:
+        try:
+            backend = await asyncio.to_thread(self._make_backend)
+            await backend.start()
+        except (ValueError, OSError, ImportError, MemoryError) as error:
+            log.debug("loading failed", exc_info=True)
+            raise StartError(f"cannot load {self._config.model}: {_one_line(error)}") from error
+        except Exception as error:
+            log.exception("loading failed")
+            raise StartError(f"cannot load {self._config.model}: {type(error).__name__}: {_one_line(error)}") from error
+        return backend
+
+    async def _serve(self, backend: Backend) -> None:
+        self.service.attach(backend)
+        await self._grpc.set_serving(True)
+        info = backend.info
+        log.info("ready: %s, %s, %s, fingerprint %s", info.name, info.engine, info.dtype, info.fingerprint)
+        log.info("gRPC %s  HTTP %s", self.grpc_address, self.http_address)
+        with self._ready_file():
+            watch = asyncio.create_task(self._watch_health())
+            await self._stopping.wait()
+            watch.cancel()
+            self.service.drain()
+            await self._grpc.set_serving(False)
+            log.info("draining %d calls for at most %g s", self.service.open_calls, self._config.grace_s)
+            await self._drain()
+
+    async def _drain(self) -> None:
+        """Returns when every call has ended, the grace period is over, or `stop` was called again."""
+        waits = {asyncio.create_task(self.service.drained()), asyncio.create_task(self._hurry.wait())}
+        await asyncio.wait(waits, timeout=self._config.grace_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        if self.service.open_calls:
+            log.warning("giving up %d calls", self.service.open_calls)
+            self.service.give_up()
+
+    async def _shut(self, web: asyncio.Task[None]) -> None:
+        self._http.should_exit = True
+        await asyncio.gather(self._grpc.stop(FLUSH_S), web)
+
+    async def _watch_health(self) -> None:
+        """Keeps grpc.health.v1 equal to what /ready says."""
+        serving = True
+        while True:
+            await asyncio.sleep(HEALTH_INTERVAL_S)
+            reason = await self.service.why_not_ready()
+            if serving == bool(reason):
+                serving = not reason
+                log.warning("health: %s", reason or "the engine answers again")
+                await self._grpc.set_serving(serving)
+
+    @contextlib.contextmanager
+    def _ready_file(self) -> Iterator[None]:
+        """Writes the addresses atomically, and takes the file away at the end."""
+        if self._config.ready_file is None:
+            yield
+            return
+        path = Path(self._config.ready_file)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        content = {"grpc": self.grpc_address, "http": self.http_address, "pid": os.getpid()}
+        try:
+            part.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise StartError(f"cannot write the ready file {path}: {_one_line(error)}") from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; StartError where the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartError(f"cannot listen for HTTP on {host}:{port}: {error.strerror or error}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,23 @@
+"""Makes the backend that the options name; imports an engine only when it is the one."""
+
+from __future__ import annotations
+
+from teacher_server.backends.base import Backend
+from teacher_server.backends.options import BackendOptions
+
+
+def make_backend(options: BackendOptions) -> Backend:
+    """The backend, not started yet; ValueError for a name that nobody knows or an engine that is not installed."""
+    if options.backend == "transformers":
+        try:
+            from teacher_server.backends.transformers_backend import TransformersBackend
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"the transformers backend needs {error.name}, which is missing; pip install 'strong2weak[server]'"
+            ) from error
+        return TransformersBackend(options)
+    if options.backend == "theoretical":
+        from teacher_server.backends.theoretical_backend import TheoreticalBackend
+
+        return TheoreticalBackend(options)
+    raise ValueError(f"there is no backend {options.backend!r} in this release; choose transformers")

@@ -1,0 +1,53 @@
+"""What an operator may choose about an engine; knows no command line, no file and no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+BackendName = Literal["transformers", "vllm", "theoretical"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Quantization = Literal["none", "4bit", "8bit"]
+DeviceName = Literal["auto", "cpu", "cuda"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """The choices that `factory.make_backend` takes; None leaves a number to the model and the defaults.
+
+    `model` is a folder or a hub id, `name` what GetTeacher calls it ("" is `model`). `dtype` "auto" is the
+    checkpoint's own on a GPU and float32 on a CPU. `batch_tokens` bounds the tokens of one scoring step and, times
+    four, the tokens whose keys and values generation may keep. `engine_arguments` go to vLLM as they are.
+    """
+
+    model: str
+    name: str = ""
+    backend: BackendName = "transformers"
+    dtype: DtypeName = "auto"
+    quantization: Quantization = "none"
+    device: DeviceName = "auto"
+    attn_implementation: Attention = "auto"
+    trust_remote_code: bool = False
+    batch_tokens: int = 16384
+    max_sequence_tokens: int | None = None
+    max_top_k: int = 1024
+    max_candidates: int = 1024
+    max_request_tokens: int = 262_144
+    max_sequences: int = 4096
+    max_temperatures: int = 8
+    engine_arguments: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("no model was named; give a folder or a hub id")
+        for name in ("batch_tokens", "max_request_tokens", "max_sequences", "max_temperatures", "max_top_k"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_sequence_tokens is not None and self.max_sequence_tokens < 2:
+            raise ValueError(f"max_sequence_tokens must be at least 2, got {self.max_sequence_tokens}")
+
+    @property
+    def served_name(self) -> str:
+        """The name that GetTeacher reports."""
+        return self.name or self.model

@@ -1,0 +1,79 @@
+"""One completion while it grows: its tokens, its random numbers, when it ends. Knows no tensor and no batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from protos.scores import FinishReason, Ids
+from teacher_server.backends.base import Piece
+from teacher_server.backends.jobs import GenerateJob
+from teacher_server.backends.sampling import uniforms
+from teacher_server.backends.thinking import ThinkBudget
+
+
+class Row:
+    """The completion `sample_index` of a job; `eos` are the model's ids, `max_tokens` bounds prompt and completion."""
+
+    def __init__(self, job: GenerateJob, sample_index: int, eos: frozenset[int], max_tokens: int) -> None:
+        sampling = job.sampling
+        self.job = job
+        self.sample_index = sample_index
+        self.ended = False
+        self._stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
+        self._most = max(1, min(sampling.max_tokens, max_tokens - len(job.prompt_ids)))
+        self._tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._uniforms = uniforms(sampling.seed, sample_index)
+        self.budget: ThinkBudget | None = None
+        if sampling.max_thinking_tokens and job.tags is not None:
+            self.budget = ThinkBudget.after(job.prompt_ids, job.tags, sampling.max_thinking_tokens)
+        self._sent = 0
+
+    @property
+    def fresh(self) -> bool:
+        """Whether it has no token yet."""
+        return not self._tokens
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the completion so far."""
+        return len(self.job.prompt_ids) + len(self._tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest completion that it may have."""
+        return len(self.job.prompt_ids) + self._most
+
+    def context(self) -> Ids:
+        """int32[length]: all its tokens so far."""
+        return np.concatenate([self.job.prompt_ids, np.array(self._tokens, dtype=np.int32)])
+
+    def uniform(self) -> float:
+        """The next random number in [0, 1)."""
+        return next(self._uniforms)
+
+    def forced(self) -> int:
+        """The id that must come next, or -1 for any."""
+        return -1 if self.budget is None else self.budget.forced()
+
+    def record(self, token: int, logprob: float) -> Piece | None:
+        """Appends a token; the piece that the caller should see now, if any."""
+        self._tokens.append(token)
+        self._logprobs.append(logprob)
+        if self.budget is not None:
+            self.budget.observe(token)
+        reason = None
+        if token in self._stops:
+            reason = FinishReason.STOP
+        elif len(self._tokens) >= self._most:
+            reason = FinishReason.LENGTH
+        self.ended = reason is not None
+        if not (self.ended or self.job.stream):
+            return None
+        first, self._sent = self._sent, len(self._tokens)
+        return Piece(
+            self.sample_index,
+            np.array(self._tokens[first:], dtype=np.int32),
+            np.array(self._logprobs[first:], dtype=np.float32) if self.job.logprobs else None,
+            reason,
+        )

@@ -1,0 +1,247 @@
+"""A teacher whose answers are known by theory, for tests of everything above a backend; needs numpy alone.
+
+It is the chain of `theory.py` over the bytes of `byte_text.py`, with a speed that tests can set and three ways to fail
+on purpose. It keeps every promise of `base.Backend`, cancellation included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from protos.errors import TeacherFailed, Unavailable
+from protos.scores import Field, FinishReason, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
+from teacher_server.backends.base import Piece
+from teacher_server.backends.byte_text import ByteText
+from teacher_server.backends.options import BackendOptions
+from teacher_server.backends.theory import Array, Ring
+from teacher_server.backends.thinking import CLOSING_TEXT, ThinkBudget, ThinkTags
+
+ENGINE = "theoretical 1"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What a test sets beside the options.
+
+    `kappa` is the chain's certainty. `tokens_per_second` (None is as fast as it goes) and `latency_s` (added to each
+    call) are its speed; calls share the one engine, so they queue for the tokens. A sequence or prompt that holds
+    `failing_id` gives TeacherFailed, `hanging_id` never answers, `crashing_id` takes the engine down: from then on it
+    is unhealthy and every call, those in flight too, fails with Unavailable.
+    """
+
+    kappa: float = 3.0
+    tokens_per_second: float | None = None
+    latency_s: float = 0.0
+    failing_id: int | None = None
+    hanging_id: int | None = None
+    crashing_id: int | None = None
+
+
+@dataclass
+class Counters:
+    """What it did, for tests to look at: calls begun, calls cancelled, tokens scored and generated."""
+
+    scored: int = 0
+    generated: int = 0
+    cancelled: int = 0
+    score_tokens: int = 0
+    new_tokens: int = 0
+    score_order: list[int] = field(default_factory=list)
+    """Number of tokens of each scored sequence, in the order in which they were submitted."""
+
+
+class TheoreticalBackend:
+    """A `base.Backend` over the ring of `theory.Ring`; `counters` may be read at any time."""
+
+    def __init__(self, options: BackendOptions, behaviour: Behaviour | None = None) -> None:
+        self._options = options
+        self.behaviour = behaviour or Behaviour()
+        self.counters = Counters()
+        self.text = ByteText()
+        self.ring = Ring(self.text.vocab_size, self.behaviour.kappa)
+        self._tags = ThinkTags(
+            self.text.think_open, self.text.think_close, tuple(int(i) for i in self.text.encode(CLOSING_TEXT))
+        )
+        self._eos = frozenset(self.text.eos_token_ids)
+        self._down: asyncio.Event | None = None
+        self._free_at = 0.0
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What GetTeacher answers."""
+        options, text = self._options, self.text
+        parts = f"{ENGINE} {text.tokenizer_hash} {text.template_hash} {self.behaviour.kappa!r}"
+        longest = options.max_sequence_tokens or 32768
+        return TeacherInfo(
+            name=options.served_name,
+            fingerprint=hashlib.sha256(parts.encode()).hexdigest(),
+            tokenizer_hash=text.tokenizer_hash,
+            template_hash=text.template_hash,
+            vocab_size=text.vocab_size,
+            normalized_size=text.vocab_size,
+            eos_token_ids=text.eos_token_ids,
+            limits=Limits(
+                sequence_tokens=longest,
+                top_k=min(options.max_top_k, text.vocab_size),
+                candidates=min(options.max_candidates, text.vocab_size),
+                request_tokens=max(options.max_request_tokens, longest),
+                sequences=options.max_sequences,
+                temperatures=options.max_temperatures,
+            ),
+            modes=text.modes,
+            fields=frozenset(Field),
+            can_generate=True,
+            engine=ENGINE,
+            dtype="float64",
+            quantization="none",
+        )
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one step; only what the service makes of it depends on this."""
+        return self._options.batch_tokens
+
+    async def start(self) -> None:
+        """Needs no time."""
+        self._down = asyncio.Event()
+
+    async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
+        """The exact scores, rounded to float32."""
+        self.counters.scored += 1
+        self.counters.score_order.append(len(sequence.token_ids))
+        try:
+            await self._spend(sequence.token_ids, len(sequence.token_ids), self.behaviour.latency_s)
+        except asyncio.CancelledError:
+            self.counters.cancelled += 1
+            raise
+        self.counters.score_tokens += len(sequence.token_ids)
+        return self.ring.score(sequence, spec)
+
+    async def generate(
+        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+    ) -> AsyncIterator[list[Piece]]:
+        """Samples of the chain; the n completions grow together, one token each a step."""
+        self.counters.generated += 1
+        rows = [self._completion(prompt_ids, sampling, i) for i in range(n)]
+        try:
+            await self._spend(prompt_ids, len(prompt_ids), self.behaviour.latency_s)
+            while alive := [row for row in rows if row.reason is None]:
+                await self._spend(prompt_ids, len(alive), 0.0)
+                for row in alive:
+                    row.step(self.ring)
+                self.counters.new_tokens += len(alive)
+                pieces = [row.piece(logprobs) for row in alive if stream or row.reason is not None]
+                if pieces:
+                    yield pieces
+        except (asyncio.CancelledError, GeneratorExit):
+            self.counters.cancelled += 1
+            raise
+
+    def _completion(self, prompt_ids: Ids, sampling: Sampling, index: int) -> _Completion:
+        room = self.info.limits.sequence_tokens - len(prompt_ids)
+        budget = None
+        if sampling.max_thinking_tokens:
+            budget = ThinkBudget.after(prompt_ids, self._tags, sampling.max_thinking_tokens)
+        return _Completion(
+            index,
+            int(prompt_ids[-1]),
+            sampling,
+            stops=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos),
+            most=max(1, min(sampling.max_tokens, room)),
+            budget=budget,
+            generator=np.random.default_rng(None if sampling.seed is None else [sampling.seed, index]),
+        )
+
+    async def healthy(self) -> bool:
+        """False after a crash and before start."""
+        return self._down is not None and not self._down.is_set()
+
+    async def close(self) -> None:
+        """Fails what is in flight with Unavailable."""
+        if self._down is not None:
+            self._down.set()
+
+    async def _spend(self, ids: Ids, tokens: int, latency_s: float) -> None:
+        """Waits for its turn and its tokens; fails on purpose where the ids ask for it."""
+        if self._down is None or self._down.is_set():
+            raise Unavailable("the teacher's engine is down", retry_after_s=1.0)
+        asked = self.behaviour
+        if asked.crashing_id is not None and asked.crashing_id in ids:
+            self._down.set()
+        if asked.failing_id is not None and asked.failing_id in ids:
+            raise TeacherFailed
+        loop = asyncio.get_running_loop()
+        rate = asked.tokens_per_second
+        self._free_at = max(self._free_at, loop.time()) + (tokens / rate if rate else 0.0)
+        wait: float | None = self._free_at - loop.time() + latency_s
+        if asked.hanging_id is not None and asked.hanging_id in ids:
+            wait = None
+        try:
+            await asyncio.wait_for(self._down.wait(), wait) if wait is None or wait > 0 else await asyncio.sleep(0)
+        except TimeoutError:
+            return
+        if self._down.is_set():
+            raise Unavailable("the teacher's engine is down", retry_after_s=1.0)
+
+
+@dataclass
+class _Completion:
+    """One completion while it grows."""
+
+    index: int
+    last: int
+    sampling: Sampling
+    stops: frozenset[int]
+    most: int
+    budget: ThinkBudget | None
+    generator: np.random.Generator
+    reason: FinishReason | None = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    sent: int = 0
+
+    def step(self, ring: Ring) -> None:
+        """Draws one token."""
+        l_V = ring.logprobs(np.array([self.last], dtype=np.int32))[0]
+        forced = -1 if self.budget is None else self.budget.forced()
+        drawn = draw(l_V, self.sampling, float(self.generator.random()))
+        self.last = forced if forced >= 0 else drawn
+        if self.budget is not None:
+            self.budget.observe(self.last)
+        self.tokens.append(self.last)
+        self.logprobs.append(float(l_V[self.last]))
+        if self.last in self.stops:
+            self.reason = FinishReason.STOP
+        elif len(self.tokens) >= self.most:
+            self.reason = FinishReason.LENGTH
+
+    def piece(self, logprobs: bool) -> Piece:
+        """What has not been sent yet."""
+        first, self.sent = self.sent, len(self.tokens)
+        return Piece(
+            self.index,
+            np.array(self.tokens[first:], dtype=np.int32),
+            np.array(self.logprobs[first:], dtype=np.float32) if logprobs else None,
+            self.reason,
+        )
+
+
+def draw(l_V: Array, sampling: Sampling, uniform: float) -> int:
+    """One token of float64[V] log-probabilities by inverse distribution, most likely tokens first."""
+    order = np.argsort(-l_V, kind="stable")
+    if sampling.temperature == 0:
+        return int(order[0])
+    if sampling.top_k:
+        order = order[: sampling.top_k]
+    scaled = l_V[order] / sampling.temperature
+    p = np.exp(scaled - scaled.max())
+    p /= p.sum()
+    before = np.cumsum(p) - p
+    kept = p * (before < sampling.top_p) if sampling.top_p < 1 else p
+    cdf = np.cumsum(kept)
+    return int(order[min(int(np.searchsorted(cdf, uniform * cdf[-1], side="right")), len(order) - 1)])

@@ -1,0 +1,213 @@
+"""Any causal language model of transformers as a teacher: scores and generates from one thread of this process.
+
+The asyncio side of it: start, submit, await, cancel, close. Knows no tensor; `worker.py` owns the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import logging
+from collections.abc import AsyncIterator
+
+import torch
+
+from protos.errors import TeacherError, Unavailable, Unsupported
+from protos.scores import Field, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
+from teacher_server.backends import features as features_module
+from teacher_server.backends import model_files, transformers_model
+from teacher_server.backends.base import Piece
+from teacher_server.backends.jobs import GenerateJob, ScoreJob
+from teacher_server.backends.options import BackendOptions
+from teacher_server.backends.sampling_loop import SamplingLoop
+from teacher_server.backends.scorer import Scorer
+from teacher_server.backends.text import HuggingFaceText
+from teacher_server.backends.thinking import CLOSING_TEXT, ThinkTags
+from teacher_server.backends.transformers_model import LoadedModel
+from teacher_server.backends.worker import Engine, Worker
+
+_LOG = logging.getLogger(__name__)
+_DEFAULT_SEQUENCE_TOKENS = 32768
+
+
+class TransformersBackend:
+    """A `base.Backend`; see there for what each method promises."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        self._options = options
+        self._info: TeacherInfo | None = None
+        self._text: HuggingFaceText | None = None
+        self._tags: ThinkTags | None = None
+        self._worker: Worker | None = None
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What GetTeacher answers; RuntimeError before `start`."""
+        if self._info is None:
+            raise RuntimeError("start() has not returned yet")
+        return self._info
+
+    @property
+    def text(self) -> HuggingFaceText:
+        """The tokenizer and template; RuntimeError before `start`."""
+        if self._text is None:
+            raise RuntimeError("start() has not returned yet")
+        return self._text
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one scoring batch, padding included."""
+        return self._options.batch_tokens
+
+    async def start(self) -> None:
+        """Loads and checks the model in its thread, so that the loop can answer meanwhile."""
+        self._worker = Worker(self._make, batch_tokens=self._options.batch_tokens)
+        await asyncio.wrap_future(self._worker.ready)
+
+    def _make(self) -> Engine:
+        options = self._options
+        folder = model_files.resolve(options.model)
+        model_files.weight_files(folder)
+        text = HuggingFaceText(
+            folder, trust_remote_code=options.trust_remote_code, eos=_generation_eos(folder / "generation_config.json")
+        )
+        loaded = transformers_model.load(folder, options)
+        width = int(loaded.model.get_input_embeddings().weight.shape[0])
+        vocab_size = min(text.vocab_size, width)
+        if text.vocab_size > width:
+            _LOG.warning("the tokenizer knows %d ids, the model %d; the rest are refused", text.vocab_size, width)
+        with torch.inference_mode():
+            features = features_module.choose(loaded, vocab_size)
+        self._text, self._tags = text, _think_tags(text)
+        self._info = self._describe(text, loaded, vocab_size, self._fingerprint(text, loaded))
+        limits = self._info.limits
+        generation = SamplingLoop(
+            features,
+            loaded.decoder,
+            loaded.config,
+            loaded.device,
+            eos=text.eos_token_ids,
+            max_tokens=limits.sequence_tokens,
+            prefill_tokens=options.batch_tokens,
+            cache_tokens=_cache_tokens(loaded, options.batch_tokens),
+        )
+        return Engine(
+            scorer=Scorer(features, loaded.device, vocab_size, packs=loaded.packs),
+            generation=generation,
+            padded=not loaded.packs,
+            equal=features.equal_lengths,
+            boundary=loaded.length_boundary,
+        )
+
+    def _fingerprint(self, text: HuggingFaceText, loaded: LoadedModel) -> str:
+        parts = (text.tokenizer_hash, text.template_hash, loaded.dtype_name, loaded.quantization)
+        return model_files.fingerprint(
+            model_files.resolve(self._options.model), (*parts, transformers_model.engine_name())
+        )
+
+    def _describe(self, text: HuggingFaceText, loaded: LoadedModel, vocab_size: int, fingerprint: str) -> TeacherInfo:
+        options = self._options
+        wanted = options.max_sequence_tokens or _DEFAULT_SEQUENCE_TOKENS
+        longest = min(wanted, loaded.max_tokens) if loaded.max_tokens else wanted
+        if options.max_sequence_tokens and longest < options.max_sequence_tokens:
+            _LOG.warning("max_sequence_tokens is %d, but the model's positions end at %d", wanted, longest)
+        return TeacherInfo(
+            name=options.served_name,
+            fingerprint=fingerprint,
+            tokenizer_hash=text.tokenizer_hash,
+            template_hash=text.template_hash,
+            vocab_size=vocab_size,
+            normalized_size=vocab_size,
+            eos_token_ids=text.eos_token_ids,
+            limits=Limits(
+                sequence_tokens=longest,
+                top_k=min(options.max_top_k, vocab_size),
+                candidates=min(options.max_candidates, vocab_size),
+                request_tokens=max(options.max_request_tokens, longest),
+                sequences=options.max_sequences,
+                temperatures=options.max_temperatures,
+            ),
+            modes=text.modes,
+            fields=frozenset(Field),
+            can_generate=True,
+            engine=transformers_model.engine_name(),
+            dtype=loaded.dtype_name,
+            quantization=loaded.quantization,
+        )
+
+    async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
+        """The scores of one sequence; batched with whatever else is submitted."""
+        loop = asyncio.get_running_loop()
+        job = ScoreJob(sequence, spec, loop, loop.create_future())
+        self._running().submit(job)
+        try:
+            return await job.future
+        finally:
+            job.cancelled = True
+
+    async def generate(
+        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+    ) -> AsyncIterator[list[Piece]]:
+        """Pieces of the n completions of int32[P]; Unsupported for a think budget where tags are not single tokens."""
+        if sampling.max_thinking_tokens and self._tags is None:
+            raise Unsupported(
+                "max_thinking_tokens needs <think> and </think> as single tokens; this tokenizer has none"
+            )
+        job = GenerateJob(prompt_ids, sampling, n, logprobs, stream, asyncio.get_running_loop(), self._tags)
+        self._running().submit(job)
+        try:
+            while (answer := await job.answers.get()) is not None:
+                if isinstance(answer, TeacherError):
+                    raise answer
+                yield answer
+        finally:
+            job.cancelled = True
+
+    async def healthy(self) -> bool:
+        """Whether the engine's thread still takes work."""
+        return self._worker is not None and self._worker.alive
+
+    async def close(self) -> None:
+        """Stops the thread after the step that it is in, and frees the model."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            await asyncio.to_thread(worker.stop)
+            del worker
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _running(self) -> Worker:
+        if self._worker is None:
+            raise Unavailable("the teacher is not running; try again in a while", retry_after_s=5.0)
+        return self._worker
+
+
+def _think_tags(text: HuggingFaceText) -> ThinkTags | None:
+    if len(text.think_ids) != 2:
+        return None
+    closing = tuple(int(i) for i in text.encode(CLOSING_TEXT))
+    return ThinkTags(*text.think_ids, closing) if closing.count(text.think_ids[1]) == 1 else None
+
+
+def _generation_eos(path: object) -> tuple[int, ...]:
+    from pathlib import Path
+
+    file = Path(str(path))
+    if not file.is_file():
+        return ()
+    found = json.loads(file.read_text("utf-8")).get("eos_token_id")
+    return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
+
+
+def _cache_tokens(loaded: LoadedModel, batch_tokens: int) -> int:
+    """Positions whose keys and values generation may keep: half of a GPU's free memory, 4 batches on a CPU."""
+    if loaded.device.type != "cuda":
+        return 4 * batch_tokens
+    config = loaded.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    position = 2 * config.num_hidden_layers * heads * width * torch.finfo(loaded.dtype).bits // 8
+    free = min(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    return max(batch_tokens, int(free // 2 // position))

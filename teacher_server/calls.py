@@ -1,0 +1,123 @@
+"""Calls in progress: each one's deadline, outcome and end, for metrics, for draining and for the log.
+
+It knows no request and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from protos.errors import DeadlineExceeded, TeacherError, TeacherFailed, Unavailable
+from teacher_server.auth import Caller
+from teacher_server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+RETRY_S = 5.0
+"""Seconds after which a client asks again while the teacher loads or shuts down."""
+
+
+class Call:
+    """One call in progress."""
+
+    def __init__(self, caller: Caller) -> None:
+        self.caller = caller
+        self.started = asyncio.get_running_loop().time()
+        self.deadline = None if caller.timeout_s is None else self.started + caller.timeout_s
+        """Event loop time at which it must have ended; None is never."""
+        self._given_up = False
+        self._timeout: asyncio.Timeout | None = None
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and asyncio.get_running_loop().time() >= self.deadline
+
+    async def within(self, item: Awaitable[Item], missing: str) -> Item:
+        """What `item` gives; DeadlineExceeded, with `missing` in its text, once the call's time is over.
+
+        Unavailable once the call was given up.
+        """
+        try:
+            async with asyncio.timeout_at(self.deadline) as self._timeout:
+                return await item
+        except TimeoutError as error:
+            if self._given_up:
+                raise Unavailable(
+                    f"the teacher shut down with {missing}; retry later", retry_after_s=RETRY_S
+                ) from error
+            raise DeadlineExceeded(
+                f"the deadline of {self.caller.timeout_s:.3g} s passed with {missing}; "
+                "ask for less at once or allow more time"
+            ) from error
+        finally:
+            self._timeout = None
+
+    def give_up(self) -> None:
+        """Ends the call with Unavailable at its next wait, the present one included."""
+        self._given_up = True
+        self.deadline = asyncio.get_running_loop().time()
+        if self._timeout is not None:
+            self._timeout.reschedule(self.deadline)
+
+
+class Calls:
+    """All calls in progress."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._open: set[Call] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def open(self) -> int:
+        """Number of calls in progress."""
+        return len(self._open)
+
+    async def idle(self) -> None:
+        """Returns once no call is in progress."""
+        await self._idle.wait()
+
+    def give_up(self) -> None:
+        """Ends every call in progress with Unavailable."""
+        for call in tuple(self._open):
+            call.give_up()
+
+    @contextmanager
+    def enter(self, method: str, caller: Caller) -> Iterator[Call]:
+        """A call's life; what is no error of the tree is logged with the call's id and becomes TeacherFailed."""
+        call = Call(caller)
+        outcome = "OK"
+        self._open.add(call)
+        self._idle.clear()
+        self._metrics.in_flight.labels(method).inc()
+        try:
+            yield call
+        except TeacherError as error:
+            outcome = error.reason
+            log.info(
+                "%s of %s refused or failed: %s (request %s)", method, caller.name, error.message, caller.request_id
+            )
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            outcome = "DEADLINE_EXCEEDED" if call.late else "CANCELLED"
+            raise
+        except Exception as error:
+            outcome = TeacherFailed().reason
+            log.exception("%s of %s failed (request %s)", method, caller.name, caller.request_id)
+            raise TeacherFailed from error
+        finally:
+            self._open.discard(call)
+            if not self._open:
+                self._idle.set()
+            seconds = asyncio.get_running_loop().time() - call.started
+            self._metrics.in_flight.labels(method).dec()
+            self._metrics.requests.labels(method, caller.transport, outcome).inc()
+            self._metrics.request_seconds.labels(method).observe(seconds)
+            log.debug("%s of %s: %s in %.3f s (request %s)", method, caller.name, outcome, seconds, caller.request_id)

@@ -1,0 +1,104 @@
+"""The server's configuration: one frozen model, from the command line over TEACHER_* over a YAML file over defaults.
+
+It imports no engine and no web framework, so that `--help` answers at once; `settings.py` reads the sources.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from teacher_server.backends.options import Attention, BackendName, BackendOptions, DeviceName, DtypeName, Quantization
+
+
+class ServerConfig(BaseModel):
+    """All settings of one teacher server."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    model: str
+    """The teacher: a folder with a checkpoint, or a hub id such as Qwen/Qwen3-235B-A22B."""
+    name: str = ""
+    """Name that clients see; empty means the model's."""
+    backend: BackendName = "transformers"
+    """Engine: transformers, vllm, or theoretical (answers known by theory, for tests)."""
+    dtype: DtypeName = "auto"
+    """Data type of the computation; auto is the checkpoint's own on a GPU and float32 on a CPU."""
+    quantization: Quantization = "none"
+    """Quantise the weights while loading (bitsandbytes)."""
+    device: DeviceName = "auto"
+    """Where the model runs; auto takes a GPU where there is one."""
+    attn_implementation: Attention = "auto"
+    """Attention kernel; auto takes FlashAttention 2 where it is installed and can run, else SDPA."""
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint brings along."""
+    max_sequence_tokens: int | None = Field(default=None, ge=2)
+    """Longest sequence, or prompt and completion together, in tokens; unset means the model's own limit."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of one engine step; unset means the engine's default."""
+    host: str = "127.0.0.1"
+    """Address to listen on, for both ports."""
+    grpc_port: int = Field(default=50051, ge=0, le=65535)
+    """Port of gRPC; 0 takes a free one."""
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    """Port of HTTP; 0 takes a free one."""
+    allow_insecure_bind: bool = False
+    """Listen on an address that other machines reach although there are no keys: anyone there may use the teacher."""
+    queue_tokens: int = Field(default=4_000_000, ge=1)
+    """Tokens of admitted, unfinished work above which calls are refused with Overloaded."""
+    queue_sequences: int = Field(default=16_384, ge=1)
+    """Admitted, unfinished sequences and prompts above which calls are refused with Overloaded."""
+    cache: bool = True
+    """Keep scores, and let equal sequences in flight be computed once."""
+    cache_mib: int = Field(default=256, ge=0)
+    """Memory for kept scores in MiB."""
+    max_message_mib: int = Field(default=64, ge=1, le=2047)
+    """Largest single gRPC message that is received, in MiB."""
+    max_request_mib: int = Field(default=256, ge=1)
+    """Largest call, all its messages together, or HTTP body, in MiB."""
+    grace_s: float = Field(default=60.0, ge=0)
+    """Seconds that calls in progress get to end after SIGTERM or SIGINT."""
+    ready_file: str | None = None
+    """File to write once calls are answered: one JSON object with the addresses and the process id."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What goes to the log on standard error."""
+
+    @model_validator(mode="after")
+    def _refuse_an_open_door(self) -> ServerConfig:
+        if not self.allow_insecure_bind and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached from other machines, and without keys anyone who reaches it may use "
+                "this teacher; listen on 127.0.0.1, or say --allow-insecure-bind if you trust that whole network"
+            )
+        return self
+
+    def backend_options(self) -> BackendOptions:
+        """The engine's share of the settings."""
+        chosen = {
+            name: getattr(self, name)
+            for name in (
+                "model",
+                "name",
+                "backend",
+                "dtype",
+                "quantization",
+                "device",
+                "attn_implementation",
+                "trust_remote_code",
+                "max_sequence_tokens",
+                "batch_tokens",
+            )
+        }
+        return BackendOptions(**{name: value for name, value in chosen.items() if value is not None})
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`; a name other than localhost may be anywhere."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,56 @@
+"""Runs an App in this process: logging, the event loop, and one line where it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from teacher_server.app import App, StartError
+from teacher_server.backends.base import Backend
+from teacher_server.config import ServerConfig
+from teacher_server.settings import render
+
+log = logging.getLogger(__name__)
+
+
+def run(config: ServerConfig) -> int:
+    """The exit code of a server that ran to its end."""
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
+    )
+    for noisy in ("httpx", "httpcore", "urllib3", "filelock", "uvicorn"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    log.info("settings: %s", "; ".join(render(config).splitlines()))
+
+    def make_backend() -> Backend:
+        from teacher_server.backends.factory import make_backend
+
+        return make_backend(config.backend_options())
+
+    async def serve() -> None:
+        app = App(config, make_backend)
+        await app.run()
+        if app.left_loading:  # a thread that reads weights cannot be stopped, and there is nothing to lose
+            logging.shutdown()
+            os._exit(0)
+
+    try:
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            runner.run(serve())
+    except StartError as error:
+        print(f"teacher_server: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop's where it is installed, else asyncio's."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return asyncio.new_event_loop
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory

@@ -1,0 +1,198 @@
+"""The teacher: checks a whole call, admits it, and streams its answers back until the call's deadline.
+
+It knows no transport and no engine. Legend: P tokens of a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from enum import Enum
+
+from protos.errors import Unavailable
+from protos.scores import CompletionDelta, GenerateRequest, Ids, Mode, Prompt, ScoreRequest, Scores, TeacherInfo
+from teacher_server import checks
+from teacher_server.auth import Caller
+from teacher_server.backends.base import Backend, TextCodec
+from teacher_server.calls import RETRY_S, Calls
+from teacher_server.generation import Merged, complete, tokenize
+from teacher_server.metrics import Metrics
+from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
+from teacher_server.scoring import Scoring
+
+CHECK_IN_THREAD = 1 << 18
+"""Number of ids from which a call is checked off the event loop."""
+
+
+class State(Enum):
+    """Where the service is in its life."""
+
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "shutting down"
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """How much the service takes on; see the fields of these names in ServerConfig."""
+
+    queue_tokens: int = 4_000_000
+    queue_sequences: int = 16_384
+    cache: bool = True
+    cache_bytes: int = 256 << 20
+
+
+Landed = asyncio.Queue[tuple[int, asyncio.Task[Scores]]]
+
+
+def _land(landed: Landed, index: int, task: asyncio.Task[Scores]) -> None:
+    landed.put_nowait((index, task))
+
+
+class TeacherService:
+    """One teacher behind any number of transports; all methods run on one event loop."""
+
+    def __init__(self, settings: ServiceSettings, metrics: Metrics) -> None:
+        self.metrics = metrics
+        self.state = State.LOADING
+        self._backend: Backend | None = None
+        self._calls = Calls(metrics)
+        self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences)
+        self._score_lane, self._generate_lane = Lane(0), Lane(0)
+        self._scoring = Scoring(self._scheduler, self._score_lane, metrics, settings.cache_bytes, settings.cache)
+        metrics.queue_tokens.set_function(lambda: self._scheduler.tokens)
+        metrics.queue_sequences.set_function(lambda: self._scheduler.units)
+        metrics.submitted_tokens.labels("score").set_function(lambda: self._score_lane.submitted)
+        metrics.submitted_tokens.labels("generate").set_function(lambda: self._generate_lane.submitted)
+
+    def attach(self, backend: Backend) -> None:
+        """Opens for calls with a backend that has started."""
+        self._backend = backend
+        self._score_lane.capacity = self._generate_lane.capacity = 2 * backend.batch_tokens
+        self.state = State.READY
+
+    def drain(self) -> None:
+        """Refuses new calls with Unavailable from now on; those in progress go on, and `drained` waits for them."""
+        self.state = State.DRAINING
+
+    def give_up(self) -> None:
+        """Ends the calls in progress with Unavailable."""
+        self._calls.give_up()
+
+    async def drained(self) -> None:
+        """Returns once no call is in progress."""
+        await self._calls.idle()
+
+    @property
+    def open_calls(self) -> int:
+        """Number of calls in progress."""
+        return self._calls.open
+
+    async def why_not_ready(self) -> str:
+        """Empty where the teacher answers calls, else why it does not."""
+        if self.state is not State.READY or self._backend is None:
+            return f"the teacher is {self.state.value}"
+        return "" if await self._backend.healthy() else "the engine does not answer"
+
+    def _open_backend(self) -> Backend:
+        if self.state is not State.READY or self._backend is None:
+            raise Unavailable(f"the teacher is {self.state.value}; retry later", retry_after_s=RETRY_S)
+        return self._backend
+
+    def teacher(self) -> TeacherInfo:
+        """What the teacher is; Unavailable while it loads or drains."""
+        return self._open_backend().info
+
+    @property
+    def text(self) -> TextCodec:
+        """The teacher's tokenizer and template; Unavailable while it loads or drains."""
+        return self._open_backend().text
+
+    def tokenize(self, index: int, prompt: Prompt) -> Ids:
+        """int32[P] of a prompt in its mode; InvalidSequence where the template refuses, Unsupported for the mode."""
+        backend = self._open_backend()
+        return tokenize(index, prompt, checks.resolve_mode(prompt, backend.info, index), backend.text)
+
+    async def score(self, request: ScoreRequest, caller: Caller) -> AsyncGenerator[tuple[int, Scores], None]:
+        """(index, scores) of every sequence, in the order in which they are ready.
+
+        The whole call is checked before any work. Raises what protos.errors lists; closing the iterator cancels what
+        nobody else waits for.
+        """
+        with self._calls.enter("score", caller) as call:
+            backend = self._open_backend()
+            if request.tokens + sum(s.positions * s.candidates for s in request.sequences) < CHECK_IN_THREAD:
+                checks.check_score(request, backend.info)
+            else:
+                check = asyncio.to_thread(checks.check_score, request, backend.info)
+                await call.within(check, "the call unchecked")
+                self._open_backend()
+            known, flights = self._scoring.begin(backend, request, caller)
+            missing = len(flights)
+            landed: Landed = asyncio.Queue()
+            try:
+                for index, flight in flights:
+                    flight.task.add_done_callback(functools.partial(_land, landed, index))
+                for index, scores in known:
+                    yield index, scores
+                while missing:
+                    index, task = await call.within(
+                        landed.get(), f"{missing} of {len(request.sequences)} sequences unanswered"
+                    )
+                    missing -= 1
+                    yield index, task.result()
+            finally:
+                for _, flight in flights:
+                    self._scoring.leave(flight)
+
+    async def generate(self, request: GenerateRequest, caller: Caller) -> AsyncGenerator[list[CompletionDelta], None]:
+        """New pieces of the completions, at most one for each completion in a list; see `score` for checks and end."""
+        with self._calls.enter("generate", caller) as call:
+            backend = self._open_backend()
+            info, max_tokens = backend.info, request.sampling.max_tokens
+            checks.check_generate(request, info)
+            modes = [checks.resolve_mode(prompt, info, index) for index, prompt in enumerate(request.prompts)]
+            prompts = []
+            for index, (prompt, mode) in enumerate(zip(request.prompts, modes, strict=True)):
+                prompts.append(tokenize(index, prompt, mode, backend.text))
+                checks.check_prompt(index, prompts[-1], max_tokens, info)
+                await asyncio.sleep(0)
+            checks.check_request_tokens(sum(len(ids) for ids in prompts), info)
+            costs = [Cost(len(ids) + request.n * max_tokens, len(ids) + request.n) for ids in prompts]
+            self._open_backend()
+            units = self._scheduler.admit(self._generate_lane, caller.name, costs)
+            merged = Merged()
+            try:
+                for index, (unit, ids, mode) in enumerate(zip(units, prompts, modes, strict=True)):
+                    task = merged.start(self._complete(backend, request, merged, unit, index, ids, mode))
+                    self._scheduler.follow(unit, task)
+                unfinished = len(prompts) * request.n
+                while unfinished:
+                    deltas = await call.within(merged.next(), f"{unfinished} completions unfinished")
+                    if deltas is None:
+                        break
+                    unfinished -= sum(delta.finish_reason is not None for delta in deltas)
+                    yield deltas
+            finally:
+                await merged.close()
+
+    async def _complete(
+        self,
+        backend: Backend,
+        request: GenerateRequest,
+        merged: Merged,
+        unit: Unit,
+        index: int,
+        prompt_ids: Ids,
+        mode: Mode | None,
+    ) -> None:
+        """Produces one prompt's deltas once it is its turn."""
+        await unit.turn
+        name = mode.value if mode else "none"
+        self.metrics.queue_seconds.labels("generate").observe(self._scheduler.waited(unit))
+        self.metrics.prompt_tokens.labels(name).inc(len(prompt_ids))
+        async for delta in complete(backend, request, index, prompt_ids, mode):
+            self.metrics.generated_tokens.labels(name).inc(len(delta.token_ids))
+            merged.put(delta)

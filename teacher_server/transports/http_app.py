@@ -1,0 +1,125 @@
+"""The FastAPI application: the routes, a request id for each request, and problem details for whatever goes wrong.
+
+It knows no message and no engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protos.errors import InvalidRequest, TeacherError, TeacherFailed
+from teacher_server.transports import docs_page, http_transport, openai_api, openai_schemas, problems, schemas
+
+log = logging.getLogger(__name__)
+
+
+class RequestIds:
+    """Gives every request an id, in its state and in the answer's X-Request-Id; answers what no handler caught."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = str(uuid.uuid4())
+        scope.setdefault("state", {})["request_id"] = request_id
+        begun = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            log.debug("the client left request %s", request_id)
+        except Exception:
+            log.exception("%s %s failed (request %s)", scope["method"], scope["path"], request_id)
+            if begun:
+                raise
+            await problems.respond(problems.problem(TeacherFailed(), request_id))(scope, receive, send_with_id)
+
+
+def create_app(http: http_transport.Http) -> FastAPI:
+    """The application of one service."""
+    app = FastAPI(
+        title="strong2weak teacher",
+        description="Scores and completions of one teacher model. Errors are RFC 9457 problem details.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.include_router(http_transport.make_router(http))
+    app.include_router(openai_api.make_router(http))
+    app.add_exception_handler(TeacherError, _teacher_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _validation_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    app.openapi = _openapi(app)  # type: ignore[method-assign]
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(docs_page.render(app.openapi()))
+
+    app.add_middleware(RequestIds)
+    return app
+
+
+async def _teacher_error(request: Request, error: TeacherError) -> Response:
+    if isinstance(error, http_transport.UnsupportedMediaType):
+        return await _http_error(request, HTTPException(error.http_status, error.message))
+    return _respond(request, problems.problem(error, request.state.request_id))
+
+
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+    return await _teacher_error(request, InvalidRequest(problems.explain(list(error.errors()))))
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    detail = str(error.detail)
+    if error.status_code == 404:
+        detail = f"there is nothing at {request.url.path}; /docs lists what there is"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        detail = f"{request.url.path} does not take {request.method}; use {allowed}"
+    reason = problems.framework_reason(error.status_code)
+    body = problems.members(error.status_code, reason, detail, request.state.request_id)
+    return _respond(request, body, dict(error.headers or {}))
+
+
+def _respond(request: Request, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    if request.url.path in openai_api.PATHS:
+        body = problems.with_openai_error(body)
+    return problems.respond(body, headers)
+
+
+def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """OpenAPI with the models of the bodies that handlers read themselves."""
+
+    def build() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+            bodies = (schemas.ScoreBody, schemas.GenerateBody, openai_schemas.CompletionBody, openai_schemas.ChatBody)
+            models = [(body, "validation") for body in bodies]
+            _, extra = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+            document.setdefault("components", {}).setdefault("schemas", {}).update(extra["$defs"])
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    return build

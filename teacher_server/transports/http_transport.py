@@ -1,0 +1,217 @@
+"""HTTP: JSON for people, the contract's protobuf bytes for trainers, health, readiness and metrics.
+
+Turns bodies into domain objects and back, finds out who is calling, and gives every error its problem details. A
+protobuf call is one message in; its answer is a stream of frames (see protos/codec/status.py). It knows no engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import aclosing
+from typing import Any, Literal, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, ValidationError
+
+from protos import codec
+from protos.errors import InvalidRequest
+from protos.scores import Completion, CompletionDelta, ScoreRequest, Scores
+from teacher_server.auth import Authenticator, Caller
+from teacher_server.service import TeacherService
+from teacher_server.transports import problems, schemas
+from teacher_server.transports.completions import collect
+from teacher_server.transports.http_stream import read_body, stream, while_connected
+
+PROTOBUF = "application/x-protobuf"
+SSE = "text/event-stream"
+TIMEOUT_HEADER = "x-timeout-s"
+"""Request header with the seconds after which the caller has no use for the answer."""
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """A body of a type that no route reads: 415 with a reason of its own, which no gRPC call has."""
+
+    http_status = 415
+
+
+def media_type(request: Request) -> Literal["protobuf", "json"]:
+    """What the body is; a missing Content-Type means JSON."""
+    given = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if given == PROTOBUF:
+        return "protobuf"
+    if given == "application/json" or given.endswith("+json"):
+        return "json"
+    raise UnsupportedMediaType(f"the body is {given or 'of no type'}; send application/json or {PROTOBUF}")
+
+
+def parse(model: type[Model], body: bytes) -> Model:
+    """The model of a JSON body; InvalidRequest where it is none."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise problems.invalid_body(error, model) from error
+
+
+def json_response(content: Any) -> Response:
+    """A JSON answer, encoded once; FastAPI's own encoder is ten times slower on long lists."""
+    return Response(json.dumps(content, allow_nan=False), media_type="application/json")
+
+
+def event(data: Any, name: str = "") -> bytes:
+    """One server-sent event."""
+    head = f"event: {name}\n" if name else ""
+    return f"{head}data: {json.dumps(data, allow_nan=False)}\n\n".encode()
+
+
+class Http:
+    """What every route needs."""
+
+    def __init__(self, service: TeacherService, authenticator: Authenticator, max_request_bytes: int) -> None:
+        self.service = service
+        self.authenticator = authenticator
+        self.max_request_bytes = max_request_bytes
+
+    def caller(self, request: Request, transport: str = "http") -> Caller:
+        """Who calls, until when; InvalidRequest for a deadline that is no number."""
+        peer = request.client.host if request.client else ""
+        name = self.authenticator.identify(dict(request.headers), peer)
+        timeout = request.headers.get(TIMEOUT_HEADER)
+        try:
+            seconds = None if timeout is None else float(timeout)
+        except ValueError:
+            seconds = -1.0
+        if seconds is not None and not 0 <= seconds < float("inf"):
+            raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number of seconds, got {timeout!r}")
+        return Caller(name, transport, seconds, request.state.request_id)
+
+    async def body(self, request: Request) -> bytes:
+        """The body within the limit."""
+        return await read_body(request, self.max_request_bytes)
+
+
+def make_router(http: Http) -> APIRouter:
+    """The routes of the contract."""
+    router = APIRouter(tags=["teacher"])
+    service = http.service
+
+    @router.get("/v1/teacher", response_model=schemas.TeacherAnswer, openapi_extra=_binary_answer())
+    async def get_teacher(request: Request) -> Any:
+        """What the teacher is, what it accepts and what it can do."""
+        http.caller(request)
+        info = service.teacher()
+        if PROTOBUF in request.headers.get("accept", ""):
+            return Response(codec.encode_teacher(info).SerializeToString(), media_type=PROTOBUF)
+        return schemas.teacher(info)
+
+    @router.post("/v1/score", response_model=schemas.ScoreAnswer, openapi_extra=_body("ScoreBody"))
+    async def score(request: Request) -> Response:
+        """The teacher's log-probabilities of tokens that already exist."""
+        caller, kind, body = http.caller(request), media_type(request), await http.body(request)
+        if kind == "protobuf":
+            reader = codec.ScoreRequestReader(http.max_request_bytes)
+            reader.add_bytes(body)
+            return await stream(
+                request,
+                service.score(reader.finish(), caller),
+                lambda item: (codec.frame(m.SerializeToString()) for m in codec.encode_scores(*item)),
+                media_type=PROTOBUF,
+                on_error=codec.frame_error,
+            )
+        call = parse(schemas.ScoreBody, body).request(service.tokenize)
+        scores = await while_connected(request, _all_scores(service, call, caller))
+        text = service.text.decode
+        sequences = [
+            schemas.scored(sequence, index, scores[index], text) for index, sequence in enumerate(call.sequences)
+        ]
+        return json_response({"fingerprint": service.teacher().fingerprint, "sequences": sequences})
+
+    @router.post("/v1/generate", response_model=schemas.GenerateAnswer, openapi_extra=_body("GenerateBody"))
+    async def generate(request: Request) -> Response:
+        """Completions of prompts, whole or streamed."""
+        caller, kind, body = http.caller(request), media_type(request), await http.body(request)
+        if kind == "protobuf":
+            return await stream(
+                request,
+                service.generate(codec.decode_generate_request_bytes(body), caller),
+                lambda deltas: [codec.frame(codec.encode_deltas(deltas).SerializeToString())],
+                media_type=PROTOBUF,
+                on_error=codec.frame_error,
+            )
+        call = parse(schemas.GenerateBody, body).request()
+        if call.stream:
+            return await stream(
+                request,
+                service.generate(call, caller),
+                _delta_events,
+                media_type=SSE,
+                on_error=lambda error: event(problems.problem(error, caller.request_id), "error"),
+                last=lambda: [event({}, "done")],
+            )
+        completions = await while_connected(request, collect(service, call, caller))
+        answers = [
+            _completion(prompt, sample, completion)
+            for prompt, row in enumerate(completions)
+            for sample, completion in enumerate(row)
+        ]
+        return json_response({"fingerprint": service.teacher().fingerprint, "completions": answers})
+
+    @router.get("/health", tags=["operation"])
+    async def health() -> PlainTextResponse:
+        """Whether the process lives, loading and draining included."""
+        return PlainTextResponse("ok\n")
+
+    @router.get("/ready", tags=["operation"])
+    async def ready() -> Response:
+        """Whether calls are answered; 503 with the reason where not."""
+        reason = await service.why_not_ready()
+        if not reason:
+            return PlainTextResponse("ready\n")
+        return PlainTextResponse(reason + "\n", 503, {"retry-after": "5"})
+
+    @router.get("/metrics", tags=["operation"])
+    async def metrics() -> Response:
+        """Numbers in Prometheus' text format."""
+        return Response(service.metrics.text(), headers={"content-type": service.metrics.content_type})
+
+    return router
+
+
+async def _all_scores(service: TeacherService, call: ScoreRequest, caller: Caller) -> dict[int, Scores]:
+    async with aclosing(service.score(call, caller)) as results:
+        return {index: scores async for index, scores in results}
+
+
+def _delta_events(deltas: list[CompletionDelta]) -> Iterable[bytes]:
+    yield event({"deltas": [schemas.delta(piece) for piece in deltas]})
+
+
+def _completion(prompt: int, sample: int, completion: Completion) -> dict[str, Any]:
+    return {
+        "prompt_index": prompt,
+        "sample_index": sample,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason.value,
+        "token_ids": completion.token_ids.tolist(),
+        "logprobs": None if completion.logprobs is None else completion.logprobs.tolist(),
+        "prompt_token_ids": completion.prompt_token_ids.tolist(),
+    }
+
+
+def json_body(schema: str) -> dict[str, Any]:
+    """OpenAPI's description of a JSON body that the handler reads itself."""
+    reference = {"schema": {"$ref": f"#/components/schemas/{schema}"}}
+    return {"requestBody": {"required": True, "content": {"application/json": reference}}}
+
+
+def _body(schema: str) -> dict[str, Any]:
+    """OpenAPI's description of a body that the handler reads itself, as JSON or as one protobuf message."""
+    body = json_body(schema)
+    body["requestBody"]["content"][PROTOBUF] = {"schema": {"type": "string", "format": "binary"}}
+    return body | _binary_answer()
+
+
+def _binary_answer() -> dict[str, Any]:
+    return {"responses": {"200": {"content": {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}}}}}

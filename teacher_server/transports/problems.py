@@ -1,0 +1,88 @@
+"""Errors on HTTP: RFC 9457 problem details for every class of the tree and for what the web framework refuses.
+
+It knows the error table's attributes and no route.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Iterable
+from http import HTTPStatus
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from starlette.responses import Response
+
+from protos.errors import DOMAIN, InvalidRequest, TeacherError, reason_of
+
+MEDIA_TYPE = "application/problem+json"
+
+
+def problem(error: TeacherError, request_id: str) -> dict[str, Any]:
+    """An error's problem details; `reason`, `index` and `retry_after_s` say what ErrorInfo and RetryInfo say."""
+    body = members(error.http_status, error.reason, error.message, request_id)
+    if error.index is not None:
+        body["index"] = error.index
+    if error.retry_after_s is not None:
+        body["retry_after_s"] = round(error.retry_after_s, 3)
+    return body
+
+
+def members(status: int, reason: str, detail: str, request_id: str) -> dict[str, Any]:
+    """The members that every problem has."""
+    return {
+        "type": f"{DOMAIN}:{reason.lower().replace('_', '-')}",
+        "title": reason.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "instance": f"urn:uuid:{request_id}",
+        "reason": reason,
+    }
+
+
+def respond(body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
+    """The response of a problem, with Retry-After in whole seconds where there is a delay."""
+    headers = dict(headers or {})
+    if "retry_after_s" in body:
+        headers["retry-after"] = str(max(1, math.ceil(body["retry_after_s"])))
+    if body["status"] == HTTPStatus.UNAUTHORIZED:
+        headers.setdefault("www-authenticate", "Bearer")
+    return Response(json.dumps(body), body["status"], headers, MEDIA_TYPE)
+
+
+def with_openai_error(body: dict[str, Any]) -> dict[str, Any]:
+    """The problem with the member that OpenAI's clients look for; it says the same."""
+    return body | {"error": {"message": body["detail"], "type": body["reason"].lower(), "code": body["status"]}}
+
+
+def framework_reason(status: int) -> str:
+    """The reason of a status that no class of the tree has, such as NOT_FOUND."""
+    return reason_of(InvalidRequest) if status == HTTPStatus.BAD_REQUEST else HTTPStatus(status).name
+
+
+def explain(faults: list[Any], known: Iterable[str] = ()) -> str:
+    """pydantic's faults in one line: where, what, and what was given; `known` names are offered for unknown ones."""
+    lines = []
+    for fault in faults:
+        where = ".".join(str(part) for part in fault["loc"] if part != "body") or "body"
+        if fault["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.5)
+            lines.append(f"unknown member {where}" + (f", did you mean {close[0]}" if close else ""))
+            continue
+        given = "" if fault["type"] in ("missing", "value_error", "json_invalid") else f", got {_short(fault['input'])}"
+        lines.append(f"{where}: {str(fault['msg']).removeprefix('Value error, ')}{given}")
+    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+
+
+def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
+    """The tree's error for a JSON body that `model` refuses."""
+    schema = model.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return InvalidRequest(explain(error.errors(), {name for part in parts for name in part.get("properties", {})}))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

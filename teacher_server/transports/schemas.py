@@ -1,0 +1,309 @@
+"""JSON for people: the models of HTTP's bodies, with the examples that OpenAPI shows, and their domain objects.
+
+They say the same as teacher.proto, with lists for arrays, names for enums and text where that is handier. They know no
+route and no engine. Legend: N tokens, T scored positions, K alternatives, C candidates, M temperatures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from protos import scores as domain
+from protos.errors import InvalidSequence, InvalidSpec
+
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Tokenize = Callable[[int, domain.Prompt], domain.Ids]
+"""Tokens of a prompt, as TeacherService.tokenize gives them."""
+
+
+class Body(BaseModel):
+    """Base of all bodies: unknown members are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class MessageBody(Body):
+    """One turn of a conversation."""
+
+    role: str
+    """Speaker: system, user, assistant or tool."""
+    content: str
+    """Text of the turn."""
+
+
+class PromptBody(Body):
+    """What a completion continues: exactly one of messages, token_ids and text."""
+
+    messages: list[MessageBody] = []
+    """Turns of a conversation, rendered by the teacher's template in the prompt's mode."""
+    token_ids: list[int] = []
+    """Tokens, used as they are."""
+    text: str = ""
+    """Plain text, tokenized without a template."""
+    mode: domain.Mode | None = None
+    """thinking or non_thinking; left out means thinking where the teacher knows both."""
+
+    def prompt(self, index: int) -> domain.Prompt:
+        """The domain's prompt; InvalidSequence with its index."""
+        turns = tuple(domain.Message(m.role, m.content) for m in self.messages)
+        try:
+            ids = domain.ids_array(self.token_ids) if self.token_ids else None
+            return domain.Prompt(turns, ids, self.text, self.mode)
+        except (ValueError, OverflowError) as error:
+            raise InvalidSequence(f"prompt {index}: {error}", index=index) from error
+
+
+class SequenceBody(PromptBody):
+    """A sequence to score: tokens or text, optionally followed by a completion, which alone is then scored."""
+
+    completion: str = ""
+    """Text after the prompt; scoring starts at its first token unless score_start says otherwise."""
+    completion_token_ids: list[int] = []
+    """Tokens after the prompt, in place of text."""
+    score_start: int | None = Field(default=None, ge=1)
+    """First position to score; left out means 1, or the completion's first token."""
+    candidate_ids: list[list[int]] = []
+    """T lists of C ids whose log-probabilities are wanted at each scored position."""
+
+    def sequence(self, index: int, tokenize: Tokenize) -> domain.Sequence:
+        """The domain's sequence; InvalidSequence with its index."""
+        try:
+            ids, start = tokenize(index, self.prompt(index)), 1
+            if self.completion and self.completion_token_ids:
+                raise ValueError("give completion or completion_token_ids, not both")
+            more = domain.ids_array(self.completion_token_ids)
+            if self.completion:
+                more = tokenize(index, domain.Prompt(text=self.completion))
+            if len(more):
+                ids, start = np.concatenate([ids, more]), len(ids)
+            if self.candidate_ids and len({len(row) for row in self.candidate_ids}) > 1:
+                raise ValueError("candidate_ids must have as many ids in every row")
+            candidates = domain.ids_array(self.candidate_ids, 2) if self.candidate_ids else None
+            return domain.Sequence(ids, self.score_start or start, candidates)
+        except (ValueError, OverflowError) as error:
+            raise InvalidSequence(f"sequence {index}: {error}", index=index) from error
+
+
+class ScoreBody(Body):
+    """A call of Score."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"sequences": ["12 + 30 = 42"], "top_k": 3},
+                {
+                    "sequences": [{"messages": [{"role": "user", "content": "12 + 30 = ?"}], "completion": "42"}],
+                    "temperatures": [1.0, 2.0],
+                },
+                {"sequences": [{"token_ids": [5, 17, 29, 8], "score_start": 2, "candidate_ids": [[1, 2], [3, 4]]}]},
+            ]
+        }
+    )
+    sequences: list[str | list[int] | SequenceBody] = Field(min_length=1)
+    """Sequences: plain text, a list of token ids, or an object that says more."""
+    top_k: int = Field(default=0, ge=0)
+    """K, the number of alternatives to return at each position."""
+    temperatures: list[float] = []
+    """Temperatures of log_normalizer and tail_logprob; empty means 1 alone."""
+    want: list[domain.Field] = []
+    """Fields to return; empty means all that the call has arguments for."""
+    fingerprint: str = ""
+    """Fingerprint that you expect; empty means any."""
+
+    def request(self, tokenize: Tokenize) -> domain.ScoreRequest:
+        """The domain's call; InvalidSpec, or InvalidSequence with an index."""
+        try:
+            spec = domain.ScoreSpec(self.top_k, tuple(self.temperatures), frozenset(self.want))
+        except ValueError as error:
+            raise InvalidSpec(str(error)) from error
+        bodies = [
+            SequenceBody(**_shorthand(one)) if not isinstance(one, SequenceBody) else one for one in self.sequences
+        ]
+        sequences = tuple(body.sequence(index, tokenize) for index, body in enumerate(bodies))
+        return domain.ScoreRequest(sequences, spec, self.fingerprint)
+
+
+class ScoredSequence(BaseModel):
+    """The scores of one sequence; fields that were not wanted are left out."""
+
+    index: int
+    score_start: int
+    token_ids: list[int]
+    """All N tokens of the sequence."""
+    tokens: list[str]
+    """Text of each of them."""
+    token_logprobs: list[float] | None = None
+    """[T]: of the tokens that stand there, in nats."""
+    top_token_ids: list[list[int]] | None = None
+    """[T,K]: most likely first."""
+    top_logprobs: list[list[float]] | None = None
+    """[T,K]: their log-probabilities."""
+    candidate_logprobs: list[list[float]] | None = None
+    """[T,C]: of the candidates, in your order."""
+    log_normalizer: list[list[float]] | None = None
+    """[T,M]: C_T = log sum_v p(v)^(1/T), so that log q_T(i) = l_i / T - C_T."""
+    tail_logprob: list[list[float]] | None = None
+    """[T,M]: log of the mass outside the top K, floored at -100."""
+
+
+class ScoreAnswer(BaseModel):
+    """What a call of Score gives."""
+
+    fingerprint: str
+    sequences: list[ScoredSequence]
+
+
+def scored(sequence: domain.Sequence, index: int, scores: domain.Scores, text: Callable[[domain.Ids], str]) -> Any:
+    """ScoredSequence's members; plain lists, because checking each number again is slow."""
+    ids = sequence.token_ids
+    head = {"index": index, "score_start": sequence.score_start, "token_ids": ids.tolist()}
+    tokens = [text(ids[t : t + 1]) for t in range(len(ids))]
+    return head | {"tokens": tokens} | {name: array.tolist() for name, array in scores.arrays().items()}
+
+
+class SamplingBody(Body):
+    """How tokens are drawn."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Largest number of tokens of one completion."""
+    temperature: float = Field(default=1.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """The smallest set of tokens with at least this mass is kept."""
+    top_k: int = Field(default=0, ge=0)
+    """Number of most likely tokens to keep; 0 keeps all."""
+    stop_token_ids: list[Id] = []
+    """Ids that end a completion beside the model's own."""
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    """Equal calls with equal seeds give equal completions on one engine."""
+    ignore_eos: bool = False
+    """Let EOS ids be sampled without ending the completion."""
+    max_thinking_tokens: int = Field(default=0, ge=0)
+    """Largest number of tokens of the think block; 0 means no budget."""
+
+    def sampling(self) -> domain.Sampling:
+        """The domain's sampling; InvalidSpec."""
+        try:
+            return domain.Sampling(**self.model_dump() | {"stop_token_ids": tuple(self.stop_token_ids)})
+        except ValueError as error:
+            raise InvalidSpec(str(error)) from error
+
+
+class GenerateBody(Body):
+    """A call of Generate."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompts": [{"messages": [{"role": "user", "content": "12 + 30 = ?"}], "mode": "non_thinking"}],
+                    "sampling": {"max_tokens": 64, "temperature": 0},
+                },
+                {"prompts": ["12 + 30 ="], "n": 2, "stream": True},
+            ]
+        }
+    )
+    prompts: list[str | list[int] | PromptBody] = Field(min_length=1)
+    """Prompts: plain text, a list of token ids, or an object that says more."""
+    sampling: SamplingBody = SamplingBody()
+    """How tokens are drawn."""
+    n: int = Field(default=1, ge=1)
+    """Number of completions of each prompt."""
+    logprobs: bool = False
+    """Return the log-probability of every sampled token, at temperature 1."""
+    stream: bool = False
+    """Answer with server-sent events as tokens are sampled; each has {"deltas": [...]}, the last is `event: done`."""
+    fingerprint: str = ""
+    """Fingerprint that you expect; empty means any."""
+
+    def request(self) -> domain.GenerateRequest:
+        """The domain's call; InvalidSpec, or InvalidSequence with an index."""
+        bodies = [one if isinstance(one, PromptBody) else PromptBody(**_shorthand(one)) for one in self.prompts]
+        prompts = tuple(body.prompt(index) for index, body in enumerate(bodies))
+        return domain.GenerateRequest(
+            prompts, self.sampling.sampling(), self.n, self.logprobs, self.stream, self.fingerprint
+        )
+
+
+class CompletionAnswer(BaseModel):
+    """One finished completion."""
+
+    prompt_index: int
+    sample_index: int
+    text: str
+    finish_reason: domain.FinishReason
+    token_ids: list[int]
+    logprobs: list[float] | None
+    prompt_token_ids: list[int]
+
+
+class GenerateAnswer(BaseModel):
+    """What a call of Generate gives, in the order of prompts and samples."""
+
+    fingerprint: str
+    completions: list[CompletionAnswer]
+
+
+def delta(piece: domain.CompletionDelta) -> dict[str, Any]:
+    """One streamed piece."""
+    members: dict[str, Any] = {
+        "prompt_index": piece.prompt_index,
+        "sample_index": piece.sample_index,
+        "text": piece.text,
+        "token_ids": piece.token_ids.tolist(),
+    }
+    if piece.logprobs is not None:
+        members["logprobs"] = piece.logprobs.tolist()
+    if piece.finish_reason is not None:
+        members["finish_reason"] = piece.finish_reason.value
+    if piece.prompt_token_ids is not None:
+        members["prompt_token_ids"] = piece.prompt_token_ids.tolist()
+    return members
+
+
+class LimitsAnswer(BaseModel):
+    """The largest numbers that one request may carry."""
+
+    sequence_tokens: int
+    top_k: int
+    candidates: int
+    request_tokens: int
+    sequences: int
+    temperatures: int
+
+
+class TeacherAnswer(BaseModel):
+    """What the teacher is; see GetTeacherResponse in teacher.proto."""
+
+    name: str
+    fingerprint: str
+    tokenizer_hash: str
+    template_hash: str
+    vocab_size: int
+    normalized_size: int
+    eos_token_ids: list[int]
+    limits: LimitsAnswer
+    modes: list[domain.Mode]
+    fields: list[domain.Field]
+    can_generate: bool
+    engine: str
+    dtype: str
+    quantization: str
+
+
+def teacher(info: domain.TeacherInfo) -> TeacherAnswer:
+    """The description's model."""
+    names = [field.name for field in fields(domain.TeacherInfo)]
+    members = {name: getattr(info, name) for name in names}
+    members["limits"] = LimitsAnswer(**vars(info.limits))
+    members["fields"] = sorted(info.fields, key=lambda field: field.value)
+    return TeacherAnswer(**members)
+
+
+def _shorthand(value: str | list[int]) -> dict[str, Any]:
+    return {"text": value} if isinstance(value, str) else {"token_ids": value}
