@@ -1,0 +1,282 @@
+"""The trainer's configuration: one frozen model, one section for each part of a run.
+
+The defaults distil Qwen3-235B-A22B into Qwen3-8B. Relative paths are relative to the current directory. It knows
+neither files, environment nor command line (see settings.py), and imports neither torch nor transformers. The text
+under a field is its documentation: it goes into generated configuration files and the reference page.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MaxSteps = Annotated[int, Field(ge=-1)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, no unknown keys, documented fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError(f"a number is expected, got {str(value).lower()}")
+        return value
+
+
+class Models(Section):
+    """Which models, and how they are loaded."""
+
+    teacher_model: str = "Qwen/Qwen3-235B-A22B"
+    """Folder or hub name of the teacher that the trainer starts itself; unused where teacher.endpoint is set."""
+    student_model: str = "Qwen/Qwen3-8B"
+    """Folder or hub name of the student that is trained."""
+    load_in_4bit: bool = True
+    """Quantise the teacher that the trainer starts itself to 4 bits (bitsandbytes). The student is never quantised."""
+    load_in_8bit: bool = False
+    """Quantise it to 8 bits instead; switches load_in_4bit off where that is left out."""
+    torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
+    """Data type of the student, and of the teacher that the trainer starts itself."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel; auto takes FlashAttention where it is installed and the device can use it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the student's files. Only for sources that you trust."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _eight_bit_replaces_the_default(cls, data: Any) -> Any:
+        if isinstance(data, dict) and str(data.get("load_in_8bit")).lower() == "true" and "load_in_4bit" not in data:
+            return {**data, "load_in_4bit": False}
+        return data
+
+    @model_validator(mode="after")
+    def _one_quantisation(self) -> Models:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
+        return self
+
+
+class Data(Section):
+    """Where examples come from."""
+
+    data_path: str = "dataset/train-00000-of-00001-cae87f8e074b4b5d.json"
+    """JSON list, JSON lines or Parquet with instruction, input and output, or with chat messages."""
+    val_path: str | None = None
+    """A file of the same kind for validation; without it val_ratio of data_path is set apart."""
+    max_length: Annotated[int, Field(ge=16)] = 2048
+    """Largest number of tokens of a prompt and its completion together."""
+    val_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the examples that is set apart for validation, at least one where above 0; unused with val_path."""
+    max_examples: PositiveInt | None = None
+    """Use only the first examples of data_path, before validation is set apart; null uses all."""
+    system_prompt: str | None = None
+    """System message put before every conversation that has none."""
+
+
+class Training(Section):
+    """What both stages share."""
+
+    output_dir: str = "outputs"
+    """Folder for models, checkpoints, responses and metrics of a run."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of everything random: the split, the order, the modes, the sampling."""
+    use_wandb: bool = False
+    """Report metrics to Weights & Biases (after `wandb login`)."""
+    wandb_project: str = "qwen3-distillation"
+    """Project that the run is reported to."""
+    use_tensorboard: bool = True
+    """Write TensorBoard files below output_dir."""
+    logging_steps: PositiveInt = 10
+    """Optimiser steps between two lines of metrics."""
+    save_steps: PositiveInt = 500
+    """Optimiser steps between two checkpoints."""
+    save_total_limit: PositiveInt | None = 3
+    """Number of checkpoints that are kept; null keeps all."""
+    warmup_ratio: Probability = 0.03
+    """Share of the steps over which the learning rate rises."""
+    weight_decay: Weight = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: Weight = 1.0
+    """Norm to which gradients are clipped; 0 does not clip."""
+    lr_scheduler_type: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
+        "cosine_with_min_lr",
+        "warmup_stable_decay",
+    ] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    resume: bool | str = False
+    """Continue from the newest checkpoint of each stage, or from the checkpoint folder named here."""
+    log_file: str = "distillation.log"
+    """File that gets everything the console shows, and more."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of transformers.TrainingArguments, by their own names."""
+
+
+class NonPolicyDistillation(Section):
+    """Stage 1, off-policy: train on the teacher's responses, alpha * soft(T) + beta * cross-entropy."""
+
+    num_epochs: PositiveInt = 3
+    """Passes over the responses."""
+    batch_size: PositiveInt = 4
+    """Sequences of one forward pass on one device."""
+    gradient_accumulation_steps: PositiveInt = 8
+    """Forward passes of one optimiser step."""
+    learning_rate: Rate = 5e-5
+    """Peak learning rate."""
+    temperature: Temperature = 3.0
+    """T of the soft loss, applied once on both sides."""
+    alpha: Weight = 0.7
+    """Weight of the soft loss against the teacher's distribution."""
+    beta: Weight = 0.3
+    """Weight of the cross-entropy on the response's tokens at temperature 1."""
+    t_squared: bool = False
+    """Multiply the soft loss by T squared (Hinton et al., 2015)."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Divergence of the soft loss."""
+    jsd_beta: Probability = 0.5
+    """b of the generalised JSD: 0 is the forward, 1 the reverse KL."""
+    top_k: PositiveInt = 64
+    """Alternatives that the teacher gives at each position; the rest is one bucket, the tail."""
+    modes: Literal["both", "thinking", "non_thinking", "mixed"] = "both"
+    """Modes in which the teacher answers each prompt; mixed draws one by thinking_prob."""
+    thinking_prob: Probability = 0.5
+    """Probability of the thinking mode where modes is mixed."""
+    samples_per_prompt: PositiveInt = 1
+    """Responses for each prompt and mode."""
+    max_new_tokens: PositiveInt = 1024
+    """Largest number of tokens of a response."""
+    response_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.6
+    """Temperature at which the teacher samples responses; 0 is greedy."""
+    response_top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    """Nucleus from which the teacher samples responses."""
+    dataset_path: str | None = None
+    """Existing Parquet file of responses to use in place of asking the teacher for them."""
+    allow_other_teacher: bool = False
+    """Accept a dataset_path that another teacher wrote, as long as it has this teacher's tokenizer."""
+    max_steps: MaxSteps = -1
+    """Stop after this many optimiser steps; -1 goes by num_epochs."""
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> NonPolicyDistillation:
+        if self.alpha == 0 and self.beta == 0:
+            raise ValueError("alpha and beta are both 0, nothing would be learnt; set one of them above 0")
+        return self
+
+
+class PolicyDistillation(Section):
+    """Stage 2, on-policy: the student samples, the teacher scores those tokens, a divergence is minimised on them."""
+
+    num_epochs: PositiveInt = 5
+    """Passes over the prompts."""
+    batch_size: PositiveInt = 4
+    """Sequences of one forward pass on one device."""
+    gradient_accumulation_steps: PositiveInt = 8
+    """Forward passes of one optimiser step."""
+    learning_rate: Rate = 1e-5
+    """Peak learning rate, lower than in stage 1."""
+    temperature: Temperature = 2.0
+    """T of the loss, applied once on both sides."""
+    thinking_prob: Probability = 0.5
+    """Probability that a prompt is answered in the thinking mode."""
+    loss: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = "reverse_kl"
+    """Divergence that is minimised; policy_gradient uses the sampled token alone."""
+    support: Literal["teacher", "student"] = "teacher"
+    """Whose top_k the divergence runs over: the teacher's with the tail, or the student's own."""
+    jsd_beta: Probability = 0.5
+    """b of the generalised JSD: 0 is the forward, 1 the reverse KL."""
+    top_k: PositiveInt = 64
+    """Alternatives at each position; the rest is one bucket, the tail."""
+    t_squared: bool = False
+    """Multiply the loss by T squared (Hinton et al., 2015)."""
+    max_new_tokens: PositiveInt = 1024
+    """Largest number of tokens that the student samples."""
+    sampling_temperature: Temperature | None = None
+    """Temperature at which the student samples; null takes the loss's temperature."""
+    max_steps: MaxSteps = -1
+    """Stop after this many optimiser steps; -1 goes by num_epochs."""
+
+    @model_validator(mode="after")
+    def _support_has_an_estimator(self) -> PolicyDistillation:
+        if self.support == "student" and self.loss not in ("reverse_kl", "policy_gradient"):
+            raise ValueError(f"support student has an unbiased estimator for reverse_kl alone, loss is {self.loss}")
+        return self
+
+
+class Evaluation(Section):
+    """How models are measured on held-out problems."""
+
+    verifier: str | None = None
+    """What counts as right: final_answer compares the text after the think block with the record's output, and
+    module:function names a function of (text, example); null measures no accuracy."""
+    problems: PositiveInt = 512
+    """Largest number of held-out problems for each mode."""
+    max_new_tokens: PositiveInt = 1024
+    """Largest number of tokens of an answer."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Temperature of the answers; 0 is greedy."""
+    batch_size: PositiveInt = 64
+    """Answers that the student writes at the same time."""
+    show: Annotated[int, Field(ge=0)] = 2
+    """Sample outputs that are shown for each mode."""
+    every_epoch: bool = True
+    """Measure after every epoch, beside the end of each stage."""
+
+
+class Teacher(Section):
+    """Where the teacher is, and how it is called."""
+
+    endpoint: str | list[str] | None = None
+    """Address of a teacher server: host:port or grpc://host:port for gRPC, http://host:port for HTTP, a list for
+    replicas of one teacher; null starts models.teacher_model as a process of this run."""
+    fingerprint: str | None = None
+    """Fingerprint that the teacher must have; null takes whichever answers first and stays with it."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600
+    """Seconds after which one call is given up."""
+    patience_s: Annotated[float, Field(ge=0)] = 1800
+    """Seconds for which a teacher that is down, loading or overloaded is waited for."""
+    max_in_flight: PositiveInt = 4
+    """Calls under way at the same time."""
+    server_args: list[str] = Field(default_factory=list)
+    """Further command-line arguments of the server that the trainer starts itself."""
+
+    @field_validator("endpoint")
+    @classmethod
+    def _addresses(cls, value: str | list[str] | None) -> str | list[str] | None:
+        if value is not None and (not value or not all([value] if isinstance(value, str) else value)):
+            raise ValueError("an address is empty; use host:port, a list of these, or null for the embedded teacher")
+        return value
+
+
+class Config(Section):
+    """A whole run."""
+
+    models: Models = Models()
+    """Which models, and how they are loaded."""
+    data: Data = Data()
+    """Where examples come from."""
+    training: Training = Training()
+    """What both stages share."""
+    non_policy_distillation: NonPolicyDistillation = NonPolicyDistillation()
+    """Stage 1: off-policy, on the teacher's responses."""
+    policy_distillation: PolicyDistillation = PolicyDistillation()
+    """Stage 2: on-policy, on the student's own completions."""
+    evaluation: Evaluation = Evaluation()
+    """How models are measured."""
+    teacher: Teacher = Teacher()
+    """Where the teacher is, and how it is called."""

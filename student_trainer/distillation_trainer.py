@@ -1,0 +1,281 @@
+"""The one `transformers.Trainer` of both stages: it trains on what a stage's `Feed` hands it and leaves the rest to
+transformers.
+
+Four hooks are overridden. `get_batch_samples` asks the feed for the micro-batches of a whole optimizer step, so that
+a stage can sample, or ask the teacher ahead. `compute_loss` runs the loss inside the wrapped model's forward (DDP and
+FSDP synchronise as ever) and divides its sum by the completion tokens of the global batch: all processes, all
+accumulation steps. `evaluate` measures with the stage's evaluator and keeps the best model. `_save_checkpoint` lets
+the Trainer write its checkpoint into a staging folder and moves it to its place whole.
+
+Gradient scale: DDP and FSDP average gradients over W processes, so each sum is multiplied by W / N. N is counted
+here, before the first micro-batch trains; the Trainer divides by nothing of its own where it gets a count.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from . import distributed
+from .batches import GroupedSampler, Row, completion_tokens, pad
+from .checkpoints import Layout, rotate, write_about
+from .errors import UserError
+from .evaluation import Measurement
+from .losses import TeacherTargets
+from .stage_loss import METRICS, StageLoss
+from .storage import replace_folder
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Sequences that train in one forward pass.
+
+    `targets` waits for the teacher and gives the targets of the completion tokens in the order of `rows`;
+    `rollout_logprobs` float32[N] are the sampler's, where the loss weighs by them.
+    """
+
+    rows: Sequence[Row]
+    targets: Callable[[], TeacherTargets]
+    rollout_logprobs: torch.Tensor | None = None
+
+
+class Feed(Protocol):
+    """What a stage trains on. Indices are those of the stage's examples, in 0..len-1."""
+
+    ahead: int
+    """Micro-batches that are announced before they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def lengths(self) -> Sequence[int]:
+        """Tokens of each example, by which a global batch is sorted into micro-batches."""
+        ...
+
+    def announce(self, indices: Sequence[int]) -> None:
+        """A micro-batch that will be asked for soon."""
+        ...
+
+    def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
+        """As many micro-batches as were given, for optimizer step `step` (0 is the first)."""
+        ...
+
+
+class _Indices(Dataset[int]):
+    """0..n-1: the Trainer only carries indices, the feed knows what they are."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class DistillationTrainer(Trainer):  # type: ignore[misc]
+    """See the module. `evaluator` measures the model; `about` is what a model folder's training_config.json says."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        feed: Feed,
+        loss: StageLoss,
+        *,
+        layout: Layout,
+        tokenizer: Any,
+        evaluator: Callable[[Any], Measurement | None],
+        about: Callable[[int, dict[str, float]], dict[str, Any]],
+        save_total_limit: int | None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.feed, self.loss, self.layout = feed, loss, layout
+        self._evaluator, self._about, self._keep = evaluator, about, save_total_limit
+        self._iterator: Iterator[list[int]] | None = None
+        self._queue: deque[list[int]] = deque()
+        self._losses: list[torch.Tensor] = []
+        self._names: list[str] = []
+        self._sums: torch.Tensor | None = None
+        self._tokens, self._steps = 0.0, 0
+        self._seconds = {"sampling": 0.0, "teacher": 0.0}
+        self._since = time.monotonic()
+        self.last_measurement: Measurement | None = None
+        self._measured_step = -1
+        super().__init__(
+            model,
+            args,
+            data_collator=list,
+            train_dataset=_Indices(len(feed)),
+            eval_dataset=_Indices(1),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return GroupedSampler(self.feed.lengths(), group, self.args.seed)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, MicroBatch]], torch.Tensor]:
+        """The micro-batches of one optimizer step, and the completion tokens of the global batch."""
+        if epoch_iterator is not self._iterator:
+            self._iterator = epoch_iterator
+            self._queue.clear()
+        while len(self._queue) < num_batches + self.feed.ahead:
+            indices = next(epoch_iterator, None)
+            if indices is None:
+                break
+            self.feed.announce(indices)
+            self._queue.append(indices)
+        started = time.monotonic()
+        groups = [self._queue.popleft() for _ in range(min(num_batches, len(self._queue)))]
+        batches = self.feed.step(groups, self.state.global_step, int(self.state.epoch or 0)) if groups else []
+        self._seconds["sampling"] += time.monotonic() - started
+        tokens = torch.tensor(float(sum(completion_tokens(b.rows) for b in batches)), device=device)
+        tokens = self.accelerator.reduce(tokens, "sum")
+        self._tokens += float(tokens)
+        self._steps += 1
+        self._losses, self._names = [], []
+        return [{"batch": batch} for batch in batches], tokens
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, MicroBatch],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """This micro-batch's part of the global batch's mean loss, times the number of processes."""
+        assert num_items_in_batch is not None, "the loss is normalised by the tokens of the global batch"
+        batch, device = inputs["batch"], self.args.device
+        started = time.monotonic()
+        targets = batch.targets().to(device)
+        self._seconds["teacher"] += time.monotonic() - started
+        padded = pad(batch.rows, self.processing_class.pad_token_id)
+        loss, sums = model(
+            input_ids=torch.from_numpy(padded.input_ids).to(device),
+            places=torch.from_numpy(padded.places).to(device),
+            objective=self.loss.on(targets, _to(batch.rollout_logprobs, device)),
+        )
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._losses.append(loss.detach())
+        self._names.append(", ".join(r.name for r in batch.rows[:4]))
+        if self.accelerator.gradient_state.sync_gradients:
+            self._refuse_non_finite()
+        scaled: torch.Tensor = loss * (self.args.world_size / num_items_in_batch)
+        return scaled
+
+    def _refuse_non_finite(self) -> None:
+        """Stops before the optimizer step where a micro-batch of it has a loss that is no number."""
+        finite = torch.stack(self._losses).isfinite().tolist()
+        if not all(finite):
+            raise self._not_finite("loss", [n for n, good in zip(self._names, finite, strict=True) if not good])
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not bool(torch.as_tensor(norm).isfinite()):
+            raise self._not_finite("gradient", self._names)
+        return norm
+
+    def _not_finite(self, what: str, names: Sequence[str]) -> UserError:
+        return UserError(
+            f"the {what} of step {self.state.global_step + 1} is not finite, in the batch of {'; '.join(names)}",
+            "training",
+            "lower the learning rate or use float32 (models.torch_dtype); no weight was changed by this step",
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the stage's metrics, means since the last line, to what the Trainer logs after a step."""
+        if "loss" in logs and self._sums is not None:
+            means = self.accelerator.reduce(self._sums, "sum") / max(self._tokens, 1.0)
+            named = dict(zip(METRICS, means.tolist(), strict=True))
+            named.pop("loss")
+            if self.loss.objective.beta == 0:
+                named.pop("cross_entropy")
+            steps, elapsed = max(self._steps, 1), time.monotonic() - self._since
+            spent = {f"seconds_{k}": v / steps for k, v in self._seconds.items()}
+            logs |= named | spent | {"seconds_training": elapsed / steps - sum(spent.values())}
+            logs |= {"completion_tokens": self._tokens / steps, "tokens_per_second": self._tokens / elapsed}
+            self._reset_clock()
+        super().log(logs, start_time)
+
+    def _reset_clock(self) -> None:
+        self._sums, self._tokens, self._steps = None, 0.0, 0
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._since = time.monotonic()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measures the model; one with a smaller validation loss than all before becomes the best model."""
+        started = time.monotonic()
+        measurement = self._evaluator(self.model)
+        self.last_measurement, self._measured_step = measurement, self.state.global_step
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in measurement.values.items()} if measurement else {}
+        if measurement and metrics:
+            texts: dict[str, Any] = {
+                f"{metric_key_prefix}_sample_{i}": "\n\n".join(s) for i, s in enumerate(measurement.samples)
+            }
+            self.log({**metrics, **texts})
+            loss, best = metrics[f"{metric_key_prefix}_loss"], self.state.best_metric
+            if best is None or loss < best:
+                self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
+                self.save_to(self.layout.best_model, measurement.values)
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
+        self._since += time.monotonic() - started
+        return metrics
+
+    @property
+    def measured_now(self) -> bool:
+        """Whether the weights are those that were measured last."""
+        return bool(self._measured_step == self.state.global_step)
+
+    def save_to(self, folder: Path, measured: dict[str, float]) -> None:
+        """Writes the model folder `folder`, in place of an older one, in one step."""
+        staging = self.layout.staging / folder.name
+        try:
+            self.save_model(str(staging), _internal_call=True)
+            if self.args.should_save:
+                write_about(staging, self._about(self.state.global_step, measured))
+                replace_folder(staging, folder)
+        finally:
+            self._clear_staging()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        started, step = time.monotonic(), self.state.global_step
+        output_dir, self.args.output_dir = self.args.output_dir, str(self.layout.staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            distributed.barrier()
+            if self.args.should_save:
+                written = self.layout.staging / f"checkpoint-{step}"
+                write_about(written, self._about(step, self.last_measurement.values if self.last_measurement else {}))
+                replace_folder(written, self.layout.checkpoint_folder(step))
+                rotate(self.layout, self._keep)
+        finally:
+            self.args.output_dir = output_dir
+            self._clear_staging()
+        self._since += time.monotonic() - started
+
+    def _clear_staging(self) -> None:
+        if self.args.should_save:
+            shutil.rmtree(self.layout.staging, ignore_errors=True)
+
+
+def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)

@@ -1,0 +1,273 @@
+"""Measures models on held-out problems: accuracy in both modes, and how far the student is from the teacher.
+
+Two sets, both fixed for a run: the teacher's answers to the validation problems (asked for once, kept below
+`output_dir/evaluation`, scored once) give loss, forward KL, reverse KL and tail share; the student's own answers give
+accuracy, length and how many finish, and, sampled, its on-policy divergence. Knows models, the teacher client and
+verifiers, no training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from protos.scores import FinishReason, Mode, Sampling, Scores, ScoreSpec, TeacherInfo
+
+from . import distributed
+from .batches import Row, completion_tokens, pad
+from .config import Config
+from .data import Example
+from .modes import render
+from .reporting import Reporter
+from .responses import Request, Response, collect, fitting
+from .rollouts import Rollout, sample_sorted
+from .score_store import ScoreStore
+from .stage_loss import METRICS, StageLoss
+from .teacher_client import TeacherClient
+from .verifiers import Verifier
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+DIVERGENCE_ROWS = 256
+"""Answers for each mode on which losses and divergences are measured."""
+SAMPLED_ROWS = 64
+"""Rollouts for each mode on which the on-policy divergence is measured."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Numbers by name, and sample outputs as (mode, problem, answer)."""
+
+    values: dict[str, float]
+    samples: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model with what sampling from it needs: its tokenizer, the real vocabulary's size, its end and padding ids."""
+
+    model: Any
+    tokenizer: Any
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    sharded: bool = False
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The keyword arguments of `rollouts.sample` that do not change."""
+        same = {"vocab_size": self.vocab_size, "eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id}
+        return {**same, "synced_gpus": self.sharded}
+
+
+def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_length: int) -> list[Request]:
+    """What to ask for each example in its mode; prompts that leave no room for an answer are left out, with a line."""
+    rendered = [(e, mode, render(tokenizer, e.messages, mode)) for e, mode in pairs]
+    kept = [Request(e.id, e.messages, mode, ids, e.expected) for e, mode, ids in rendered if len(ids) < max_length]
+    if len(kept) < len(rendered):
+        left = len(rendered) - len(kept)
+        log.warning(
+            "left out %d of %d prompts, they have data.max_length = %d tokens or more", left, len(rendered), max_length
+        )
+    return kept
+
+
+def example_of(request: Request) -> Example:
+    """The example that a request came from, as verifiers want it."""
+    return Example(request.example_id, request.messages, request.expected)
+
+
+Answer = tuple[Request, str, int, bool]
+"""A problem, the text of an answer, its number of tokens, and whether it ended by itself."""
+
+
+def accuracy(verifier: Verifier | None, answers: Sequence[Answer]) -> dict[str, float]:
+    """Accuracy (where there is a verifier), mean length and share that ended, by mode."""
+    values: dict[str, float] = {}
+    for mode in Mode:
+        chosen = [a for a in answers if a[0].mode is mode]
+        if not chosen:
+            continue
+        values[f"completion_tokens_{mode.value}"] = sum(length for _, _, length, _ in chosen) / len(chosen)
+        values[f"finished_{mode.value}"] = sum(ended for _, _, _, ended in chosen) / len(chosen)
+        if verifier is not None:
+            right = [verifier(text, example_of(request)) for request, text, _, _ in chosen]
+            values[f"accuracy_{mode.value}"] = sum(right) / len(right)
+    return values
+
+
+class Evaluator:
+    """The held-out problems of a run and the teacher's answers to them."""
+
+    def __init__(
+        self,
+        config: Config,
+        client: TeacherClient,
+        info: TeacherInfo,
+        tokenizer: Any,
+        validation: Sequence[Example],
+        verifier: Verifier | None,
+        reporter: Reporter,
+    ) -> None:
+        self.config, self.client, self.info, self.verifier, self.reporter = config, client, info, verifier, reporter
+        self.max_length = config.data.max_length
+        options = config.evaluation
+        pairs = [(e, mode) for e in validation[: options.problems] for mode in info.modes or tuple(Mode)]
+        self.requests = requests_for(tokenizer, pairs, self.max_length)
+        sampling = Sampling(options.max_new_tokens, options.temperature, seed=config.training.seed)
+        name = hashlib.blake2b(f"{info.fingerprint} {sampling}".encode(), digest_size=6).hexdigest()
+        folder = Path(config.training.output_dir) / "evaluation" / name
+        started = time.monotonic()
+        self.answers = distributed.on_main(lambda: self._ask(sampling, folder)) if self.requests else []
+        self.teacher_seconds = time.monotonic() - started
+        first, second = config.non_policy_distillation, config.policy_distillation
+        self.plain = StageLoss.plain(info.normalized_size, max(first.top_k, second.top_k))
+        self.temperatures = tuple(sorted({1.0, first.temperature, second.temperature}))
+        spec = ScoreSpec(self.plain.top_k, self.temperatures)
+        self.store = ScoreStore(client, info.fingerprint, spec, folder / "scores", rank=distributed.rank())
+        fitted, _ = fitting(self.answers, self.max_length)
+        few = [r for mode in Mode for r in [a for a in fitted if a.mode is mode][:DIVERGENCE_ROWS]]
+        self.rows = sorted((Row(r.ids, len(r.prompt_ids), r.example_id) for r in few), key=lambda r: len(r.ids))
+
+    def _ask(self, sampling: Sampling, folder: Path) -> list[Response]:
+        with self.reporter.progress("teacher answers held-out problems", len(self.requests)) as update:
+            return collect(
+                self.client,
+                self.info,
+                self.requests,
+                sampling,
+                folder / "answers.parquet",
+                progress=lambda done, total, tokens: update(done, f"{tokens} tokens"),
+            )
+
+    def teacher(self) -> Measurement:
+        """The teacher's own row: its accuracy, and the tail share on its answers at temperature 1."""
+        if not self.answers:
+            return Measurement({})
+        stopped = FinishReason.STOP
+        answers = [(a, a.text, len(a.completion_ids), a.finish_reason is stopped) for a in self.answers]
+        values = accuracy(self.verifier, answers)
+        scores = self.store.request([r.tokens() for r in self.rows])()
+        one = self.temperatures.index(1.0)
+        tails = np.concatenate([s.tail_logprob[:, one] for s in scores if s.tail_logprob is not None])
+        share = float(np.exp(tails).mean())
+        values |= {"forward_kl": 0.0, "reverse_kl": 0.0, "tail_share": share, "seconds": self.teacher_seconds}
+        return Measurement(values)
+
+    def student(self, student: Student, loss: StageLoss, *, on_policy: bool) -> Measurement | None:
+        """Everything about a student, or None where there is nothing held out.
+
+        `forward_kl`, `reverse_kl`, `tail_share` and `cross_entropy` are on the teacher's answers at temperature 1.
+        `loss` is the stage's: on the teacher's answers off-policy, on rollouts of the student on-policy, where
+        own_forward_kl and own_reverse_kl are the divergences on these at the stage's temperature.
+        """
+        if not self.requests:
+            return None
+        started = time.monotonic()
+        training = student.model.training
+        student.model.eval()
+        values, samples = self._answers(student)
+        values |= self._on_teacher_answers(student, loss.measured(self.plain.top_k))
+        if on_policy:
+            values |= self._on_rollouts(student, loss.measured(self.plain.top_k))
+        student.model.train(training)
+        return Measurement({**values, "seconds": time.monotonic() - started}, samples)
+
+    def _mine(self, items: Sequence[T], student: Student) -> Sequence[T]:
+        """This process's share; a sharded model needs all its processes at the same work."""
+        return items if student.sharded else items[distributed.rank() :: distributed.world()]
+
+    def _answers(self, student: Student) -> tuple[dict[str, float], list[tuple[str, str, str]]]:
+        options = self.config.evaluation
+        table: list[Answer] = []
+        shown: list[tuple[str, str, str]] = []
+        for mode in Mode:
+            requests = self._mine([r for r in self.requests if r.mode is mode], student)
+            rollouts = self._sample(student, requests, options.max_new_tokens, options.temperature)
+            texts = [answer_text(student.tokenizer, r) for r in rollouts]
+            for request, rollout, text in zip(requests, rollouts, texts, strict=True):
+                table.append((request, text, len(rollout.completion_ids), rollout.finish_reason is FinishReason.STOP))
+            pairs = list(zip(requests, texts, strict=True))[: options.show]
+            shown += [(mode.value, r.messages[-1].content, text) for r, text in pairs]
+        if not student.sharded:
+            table = [entry for part in distributed.gather(table) for entry in part]
+        return accuracy(self.verifier, table), shown
+
+    def _sample(self, student: Student, requests: Sequence[Request], tokens: int, temperature: float) -> list[Rollout]:
+        return sample_sorted(
+            student.model,
+            [r.prompt_ids for r in requests],
+            rows=self.config.evaluation.batch_size,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            max_length=self.max_length,
+            seed=self.config.training.seed,
+            **student.sampling,
+        )
+
+    def _on_teacher_answers(self, student: Student, loss: StageLoss) -> dict[str, float]:
+        mine, size = self._mine(self.rows, student), self.config.evaluation.batch_size
+        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
+        waits = [self.store.request([r.tokens() for r in part]) for part in parts]
+        batches = [(part, wait()) for part, wait in zip(parts, waits, strict=True)]
+        plain = self._means(student, self.plain, batches)
+        return {**plain, **{k: v for k, v in self._means(student, loss, batches).items() if k in ("loss", "soft_loss")}}
+
+    def _on_rollouts(self, student: Student, loss: StageLoss) -> dict[str, float]:
+        requests = [r for mode in Mode for r in [q for q in self.requests if q.mode is mode][:SAMPLED_ROWS]]
+        options = self.config.policy_distillation
+        temperature = options.sampling_temperature or options.temperature
+        rollouts = self._sample(student, self._mine(requests, student), options.max_new_tokens, temperature)
+        rows = sorted((rollout_row(r) for r in rollouts), key=lambda r: len(r.ids))
+        scores = self.client.score([r.tokens() for r in rows], self.store.spec) if rows else []
+        size = self.config.evaluation.batch_size
+        batches = [(rows[first : first + size], scores[first : first + size]) for first in range(0, len(rows), size)]
+        values = self._means(student, loss, batches)
+        return {
+            k if k == "loss" else f"own_{k}": v for k, v in values.items() if k in ("loss", "forward_kl", "reverse_kl")
+        }
+
+    def _means(
+        self, student: Student, loss: StageLoss, batches: Sequence[tuple[Sequence[Row], list[Scores]]]
+    ) -> dict[str, float]:
+        """METRICS as means over the completion tokens of `batches`, over all processes."""
+        sums, tokens = torch.zeros(len(METRICS), dtype=torch.float64), 0
+        device = next(student.model.parameters()).device
+        for rows, scores in batches:
+            padded = pad(rows, student.tokenizer.pad_token_id)
+            targets = loss.targets(padded.targets, scores, self.temperatures).to(device)
+            with torch.no_grad():
+                _, found = student.model(
+                    input_ids=torch.from_numpy(padded.input_ids).to(device),
+                    places=torch.from_numpy(padded.places).to(device),
+                    objective=loss.on(targets),
+                )
+            sums += found.double().cpu()
+            tokens += completion_tokens(rows)
+        parts = [(sums, tokens)] if student.sharded else distributed.gather((sums, tokens))
+        tokens = sum(count for _, count in parts)
+        means = torch.stack([part for part, _ in parts]).sum(0) / max(tokens, 1)
+        return dict(zip(METRICS, means.tolist(), strict=True)) if tokens else {}
+
+    def close(self) -> None:
+        """Keeps the scores that have arrived."""
+        self.store.close()
+
+
+def answer_text(tokenizer: Any, rollout: Rollout) -> str:
+    """The text of a completion as the teacher's is: without special tokens, with think tags."""
+    return str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
+
+
+def rollout_row(rollout: Rollout, name: str = "") -> Row:
+    """A rollout as a sequence to score and learn from."""
+    return Row(np.concatenate([rollout.prompt_ids, rollout.completion_ids]), len(rollout.prompt_ids), name)

@@ -1,0 +1,159 @@
+"""Loads the student and its tokenizer, from a folder or a hub id.
+
+Knows transformers and the `models` part of the configuration. Knows no teacher and no training. Whatever a user can
+get wrong about a path or a machine ends in a UserError that says what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from .config import Config
+from .errors import UserError
+
+
+def resolve_attention(implementation: str) -> str:
+    """`auto` is FlashAttention 2 where it is installed and a GPU is there, else torch's own fused attention."""
+    if implementation != "auto":
+        return implementation
+    return "flash_attention_2" if torch.cuda.is_available() and find_spec("flash_attn") else "sdpa"
+
+
+def resolve_dtype(name: str) -> torch.dtype | str:
+    """The torch dtype of a configured name: float32, bfloat16 or float16; `auto`, the checkpoint's, stays."""
+    if name == "auto":
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise UserError(f"models.torch_dtype: {name!r} is no floating-point type; use float32, bfloat16 or float16")
+    return dtype
+
+
+def _looks_local(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or source.count("/") != 1 or Path(source.split("/")[0]).is_dir()
+
+
+def _checked(source: str | Path) -> str:
+    """The source as transformers wants it; UserError for a folder that is not there or holds no model."""
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            models = sorted(p.parent.name for p in path.glob("*/config.json"))
+            hint = f"; it holds {', '.join(models)}, name one of them" if models else ""
+            raise UserError(f"{text} is no model folder: it has no config.json{hint}")
+        return str(path)
+    if path.exists():
+        raise UserError(f"{text} is a file; a student is a folder with config.json and model.safetensors")
+    if _looks_local(text) and "/" in text:
+        raise UserError(f"there is no folder {text} (looked in {Path.cwd()}); check the path of the student model")
+    return text
+
+
+def _explain(error: Exception, source: str) -> UserError:
+    return UserError(
+        f"the student {source!r} could not be loaded: {str(error).strip().splitlines()[0]} (check the name, the "
+        "network, and HF_ENDPOINT where a mirror is used)"
+    )
+
+
+def load_tokenizer(config: Config, source: str | Path) -> Any:
+    """The tokenizer of `source`, padding on the left; it must have a chat template and a padding or end token."""
+    name = _checked(source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.models.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _explain(error, name) from error
+    if not tokenizer.chat_template:
+        raise UserError(f"the tokenizer of {name} has no chat template; use a chat model or add chat_template.jinja")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {name} has neither a pad nor an end token; set one in tokenizer_config.json")
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_student(config: Config, source: str | Path | None = None) -> Any:
+    """The student of `source` (default models.student_model) in the configured dtype, on the CPU, in training mode."""
+    name = _checked(source or config.models.student_model)
+    dtype = resolve_dtype(config.models.torch_dtype)
+    attention = resolve_attention(config.models.attn_implementation)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.models.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _explain(error, name) from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"the student {name} does not fit the GPU's memory in {config.models.torch_dtype}") from error
+    return model.train()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a handshake compares, without weights: tokenizer, logits of a position (padding included), end ids."""
+
+    tokenizer: Any
+    logits_width: int
+    eos_ids: tuple[int, ...]
+
+
+def describe(config: Config, source: str | Path) -> Description:
+    """The student of `source` as its files describe it; UserError where they cannot be read."""
+    name, tokenizer = _checked(source), load_tokenizer(config, source)
+    try:
+        model = AutoConfig.from_pretrained(name, trust_remote_code=config.models.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _explain(error, name) from error
+    try:
+        generation = GenerationConfig.from_pretrained(name)
+    except OSError:
+        generation = GenerationConfig.from_model_config(model)
+    return Description(tokenizer, int(model.get_text_config().vocab_size), eos_ids(generation, tokenizer))
+
+
+def eos_ids(generation: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every id that ends an answer: the generation configuration's, or the tokenizer's."""
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return tuple(int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None)
+
+
+def accept_objective(model: Any) -> Any:
+    """Lets `model` compute a loss inside its own forward: forward(input_ids=..., places=..., objective=...).
+
+    Then the body alone runs, and the result is objective(hidden [N,H], head) with the hidden states at the flat
+    positions `places` int64[N] of [B*L] and the LM head module: logits of the whole batch never exist. Because this
+    happens inside forward, DDP's and FSDP's hooks run as in any training. Without `objective`, forward is what it
+    was. Returns `model`.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for scaled in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(causal.config, scaled, None) not in (None, 1, 1.0):
+            raise UserError(
+                f"{type(causal).__name__} changes its logits after the head ({scaled}), which is unsupported"
+            )
+    plain = causal.forward.__func__
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, objective: Any = None, places: Any = None, **kwargs: Any) -> Any:
+        if objective is None:
+            return plain(self, *args, **kwargs)
+        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
+        return objective(hidden.flatten(0, 1).index_select(0, places), self.get_output_embeddings())
+
+    causal.forward = types.MethodType(forward, causal)
+    return model

@@ -1,0 +1,120 @@
+"""Stage 1, off-policy: the student learns from the teacher's own responses, in both modes.
+
+The teacher answers every training prompt once; the answers are a dataset that stays. Each of its sequences is scored
+once, ahead of the step that needs it, and the student minimises
+
+    alpha * soft(T) + beta * cross-entropy
+
+on the completion tokens. Knows no transport and no training loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from protos.scores import Sampling
+
+from . import distributed
+from .batches import Row, pad
+from .checkpoints import Layout, off_policy_layout
+from .distillation_trainer import MicroBatch
+from .evaluation import Student, requests_for
+from .modes import pair_with_modes
+from .responses import Response, collect, fitting, read, reuse
+from .score_store import ScoreStore, Wait
+from .stage import Outcome, Session, begin, train
+from .stage_loss import StageLoss
+
+log = logging.getLogger(__name__)
+
+
+def distil(session: Session, student: Student) -> Outcome:
+    """Trains `student` on the teacher's responses."""
+    started, options = time.monotonic(), session.config.non_policy_distillation
+    layout = off_policy_layout(session.config.training.output_dir)
+    checkpoint = begin(session, layout)
+    responses = teacher_responses(session, layout, student.tokenizer)
+    loss = StageLoss.off_policy(options, session.info.normalized_size)
+    folder = layout.root / "scores"
+    store = ScoreStore(session.client, session.info.fingerprint, loss.spec, folder, rank=distributed.rank())
+    feed = ResponseFeed(responses, store, loss, student.tokenizer.pad_token_id, 2 * options.gradient_accumulation_steps)
+    try:
+        measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 1, off-policy")
+    finally:
+        store.close()
+    return Outcome(layout.best_model, measured, time.monotonic() - started)
+
+
+def teacher_responses(session: Session, layout: Layout, tokenizer: Any) -> list[Response]:
+    """The teacher's responses to the training prompts: reused, or asked for and kept in responses.parquet."""
+    options, max_length = session.config.non_policy_distillation, session.config.data.max_length
+    if options.dataset_path is not None:
+        allowed = options.allow_other_teacher
+        responses = reuse(Path(options.dataset_path), session.info, other_teacher=allowed)
+    else:
+        path = layout.root / "responses.parquet"
+        distributed.on_main(lambda: ask(session, path, tokenizer))
+        responses, _ = read(path)
+    kept, left_out = fitting(responses, max_length)
+    tokens = sum(len(r.completion_ids) for r in kept)
+    log.info("%d responses of the teacher, %d completion tokens", len(kept), tokens)
+    if left_out:
+        log.warning(
+            "left out %d responses that are empty or longer than data.max_length = %d tokens", left_out, max_length
+        )
+    return kept
+
+
+def ask(session: Session, path: Path, tokenizer: Any) -> None:
+    """Asks the teacher for every response that `path` does not hold yet."""
+    options, seed = session.config.non_policy_distillation, session.config.training.seed
+    pairs = pair_with_modes(session.train, options.modes, options.thinking_prob, seed)
+    requests = requests_for(tokenizer, pairs, session.config.data.max_length)
+    sampling = Sampling(options.max_new_tokens, options.response_temperature, options.response_top_p, seed=seed)
+    total = len(requests) * options.samples_per_prompt
+    started = time.monotonic()
+    with session.reporter.progress("teacher answers training prompts", total) as update:
+        collect(
+            session.client,
+            session.info,
+            requests,
+            sampling,
+            path,
+            samples=options.samples_per_prompt,
+            progress=lambda done, _, tokens: update(done, f"{tokens} tokens"),
+        )
+    log.info("asked the teacher for %d responses in %.0f s: %s", total, time.monotonic() - started, path)
+
+
+class ResponseFeed:
+    """Micro-batches of responses with their scores, asked for `ahead` micro-batches early."""
+
+    def __init__(
+        self, responses: Sequence[Response], store: ScoreStore, loss: StageLoss, pad_id: int, ahead: int
+    ) -> None:
+        self.rows = [Row(r.ids, len(r.prompt_ids), f"{r.example_id} ({r.mode.value})") for r in responses]
+        self.store, self.loss, self.pad_id, self.ahead = store, loss, pad_id, ahead
+        self._waits: dict[tuple[int, ...], Wait] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each response with its prompt."""
+        return [len(row.ids) for row in self.rows]
+
+    def announce(self, indices: Sequence[int]) -> None:
+        """Asks the teacher for what is not known yet."""
+        self._waits[tuple(indices)] = self.store.request([self.rows[i].tokens() for i in indices])
+
+    def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
+        """The announced micro-batches."""
+        return [self._batch([self.rows[i] for i in m], self._waits.pop(tuple(m))) for m in micro_batches]
+
+    def _batch(self, rows: list[Row], wait: Wait) -> MicroBatch:
+        tokens = pad(rows, self.pad_id).targets
+        return MicroBatch(rows, lambda: self.loss.targets(tokens, wait(), self.store.spec.temperatures))

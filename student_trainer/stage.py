@@ -1,0 +1,192 @@
+"""What both stages share: the session of a run, and training a student on a feed from the first step to its final
+model.
+
+Knows the Trainer's arguments; a stage knows what it trains on and with which loss.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from protos.scores import TeacherInfo
+
+from . import distributed, reporting
+from .checkpoints import Layout, prepare, read_about
+from .config import Config, NonPolicyDistillation, PolicyDistillation
+from .data import Example
+from .distillation_trainer import DistillationTrainer, Feed
+from .errors import UserError
+from .evaluation import Evaluator, Measurement, Student
+from .models import accept_objective, eos_ids, load_student, load_tokenizer
+from .stage_loss import StageLoss
+from .teacher_client import TeacherClient
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything that lives as long as a run: configuration, teacher, data, held-out problems, console."""
+
+    config: Config
+    client: TeacherClient
+    info: TeacherInfo
+    train: Sequence[Example]
+    evaluator: Evaluator
+    reporter: reporting.Reporter
+    resume: bool | str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished stage: its best model, what was measured on it, and the seconds that the stage took."""
+
+    best_model: Path
+    measured: dict[str, float] = field(default_factory=dict)
+    seconds: float | None = None
+
+
+def open_student(config: Config, source: str | Path, vocab_size: int) -> Student:
+    """The student of `source`, ready to train, on this process's device."""
+    model = accept_objective(load_student(config, source))
+    tokenizer = load_tokenizer(config, source)
+    if torch.cuda.is_available():
+        model.to(torch.device("cuda", torch.cuda.current_device()))
+    return Student(model, tokenizer, vocab_size, eos_ids(model.generation_config, tokenizer))
+
+
+def begin(session: Session, layout: Layout) -> Path | None:
+    """Makes the stage's folder ready; the checkpoint to go on from, or None for a fresh start."""
+    checkpoint, aside = distributed.on_main(lambda: prepare(layout, session.resume))
+    if aside is not None:
+        log.info("%s is from an earlier run, moved it to %s (continue it with --resume instead)", layout.root, aside)
+    if checkpoint is not None:
+        teacher = read_about(checkpoint).get("teacher", {}).get("fingerprint")
+        if teacher != session.info.fingerprint:
+            raise UserError(
+                f"the checkpoint was trained with teacher {teacher}, this one is {session.info.fingerprint}",
+                str(checkpoint),
+                "start the same teacher, or begin a new run from its weights with --pretrained_student",
+            )
+        log.info("going on from %s", checkpoint)
+    return checkpoint
+
+
+def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillation, layout: Layout) -> TrainingArguments:
+    """The Trainer's arguments for a stage; `training.extra` is added last, unknown names are refused."""
+    training = config.training
+    known = {f.name for f in fields(TrainingArguments)}
+    for name in training.extra:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else "see transformers.TrainingArguments"
+            raise UserError("no argument of transformers.TrainingArguments", f"training.extra.{name}", hint)
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    values: dict[str, Any] = {
+        "output_dir": str(layout.root),
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "num_train_epochs": options.num_epochs,
+        "max_steps": options.max_steps if options.max_steps > 0 else -1,
+        "learning_rate": options.learning_rate,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": training.warmup_ratio,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "logging_steps": training.logging_steps,
+        "logging_nan_inf_filter": False,
+        "save_steps": training.save_steps,
+        "save_total_limit": None,
+        "eval_strategy": "epoch" if config.evaluation.every_epoch else "no",
+        "report_to": reporting.report_to(training),
+        "run_name": layout.stage,
+        "seed": training.seed,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        checkpointing: training.gradient_checkpointing,
+    }
+    try:
+        args = TrainingArguments(**{**values, **training.extra})
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error), "training", "mend the training section") from error
+    if args.n_gpu > 1:
+        args._n_gpu = 1
+    return args
+
+
+def train(
+    session: Session,
+    layout: Layout,
+    options: NonPolicyDistillation | PolicyDistillation,
+    student: Student,
+    feed: Feed,
+    loss: StageLoss,
+    checkpoint: Path | None,
+    label: str,
+) -> dict[str, float]:
+    """Trains to the end, writes best and final model, and gives what was measured on the best one."""
+    on_policy = isinstance(options, PolicyDistillation)
+    args = arguments(session.config, options, layout)
+    progress = reporting.TrainingProgress(session.reporter, label)
+    callbacks: list[Any] = [progress]
+    if session.config.training.use_tensorboard and distributed.is_main():
+        callbacks.append(reporting.tensorboard(layout.root / "runs"))
+
+    def about(step: int, measured: dict[str, float]) -> dict[str, Any]:
+        teacher = {"name": session.info.name, "fingerprint": session.info.fingerprint}
+        config = session.config.model_dump(mode="json")
+        return {"stage": layout.stage, "step": step, "teacher": teacher, "measured": measured, "config": config}
+
+    def measure(model: Any) -> Measurement | None:
+        found = session.evaluator.student(student, loss, on_policy=on_policy)
+        if found is not None and session.reporter.main:
+            report(label, found)
+        return found
+
+    trainer = DistillationTrainer(
+        student.model,
+        args,
+        feed,
+        loss,
+        layout=layout,
+        tokenizer=student.tokenizer,
+        evaluator=measure,
+        about=about,
+        save_total_limit=session.config.training.save_total_limit,
+        callbacks=callbacks,
+    )
+    started = time.monotonic()
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        progress.close()
+    if not trainer.measured_now:
+        trainer.evaluate()
+    log.info("%s: %d steps in %.0f s", label, trainer.state.global_step, time.monotonic() - started)
+    last = trainer.last_measurement.values if trainer.last_measurement else {}
+    if distributed.on_main(lambda: not layout.best_model.is_dir()):
+        trainer.save_to(layout.best_model, last)
+    trainer.save_to(layout.final_model, last)
+    distributed.barrier()
+    return dict(read_about(layout.best_model).get("measured", {}))
+
+
+def report(label: str, found: Measurement) -> None:
+    """One line of what was measured, and the sample outputs."""
+    names = ["loss", "accuracy_thinking", "accuracy_non_thinking", "forward_kl", "reverse_kl", "own_reverse_kl"]
+    rest = ["tail_share", "finished_thinking", "finished_non_thinking", "completion_tokens_thinking"]
+    values = [f"{n} {found.values[n]:.4g}" for n in [*names, *rest, "seconds"] if n in found.values]
+    log.info("%s measured: %s", label, ", ".join(values))
+    for mode, problem, answer in found.samples:
+        log.info("  %s | %s -> %s", mode, " ".join(problem.split())[:120], " ".join(answer.split())[:300])

@@ -1,0 +1,153 @@
+"""From the teacher's scores to a stage's loss: what to ask for, the targets as tensors, and the loss as a function of
+hidden states.
+
+Between `protos.scores` (numpy, from the wire) and `losses` (pure functions of tensors); knows no Trainer. Legend: N
+completion tokens of a micro-batch, K alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from protos.scores import Field, Scores, ScoreSpec
+
+from .config import NonPolicyDistillation, PolicyDistillation
+from .losses import Head, Objective, TeacherTargets, distillation_loss
+
+METRICS = ("loss", "soft_loss", "cross_entropy", "forward_kl", "reverse_kl", "tail_share")
+"""Means over completion tokens. Divergences and the teacher's tail are at the loss's temperature, cross-entropy at 1
+(0 where it has no weight); `loss` is alpha * soft_loss (times T^2 where asked for) + beta * cross_entropy.
+"""
+
+LossOf = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
+"""(hidden [N,H], LM head module) -> (summed loss, a scalar with gradient; sums of METRICS, float32, detached)."""
+
+
+@dataclass(frozen=True)
+class StageLoss:
+    """A loss at one temperature over one support.
+
+    `top_k` 0 means no support: the token that stands there alone. `vocab_size` is the number of logits that both
+    sides normalise over. `on_student_support` means that the support is the student's own top K, which the teacher
+    scores as candidates.
+    """
+
+    objective: Objective
+    temperature: float
+    top_k: int
+    vocab_size: int
+    on_student_support: bool = False
+
+    @staticmethod
+    def off_policy(options: NonPolicyDistillation, vocab_size: int) -> StageLoss:
+        """Stage 1: alpha * soft(T) + beta * cross-entropy."""
+        objective = Objective(options.loss, options.jsd_beta, options.alpha, options.beta, options.t_squared)
+        top_k = min(options.top_k, vocab_size) if options.alpha > 0 else 0
+        return StageLoss(objective, options.temperature, top_k, vocab_size)
+
+    @staticmethod
+    def on_policy(options: PolicyDistillation, vocab_size: int) -> StageLoss:
+        """Stage 2: a divergence on the student's own tokens, on the teacher's top K or the student's."""
+        own = options.support == "student" and options.loss == "reverse_kl"
+        name = "reverse_kl_sampled_tail" if own else options.loss
+        objective = Objective(name, options.jsd_beta, t_squared=options.t_squared)
+        top_k = 0 if name == "policy_gradient" else min(options.top_k, vocab_size)
+        return StageLoss(objective, options.temperature, top_k, vocab_size, own)
+
+    @staticmethod
+    def plain(vocab_size: int, top_k: int) -> StageLoss:
+        """Forward KL and cross-entropy at temperature 1: what models are measured with, whatever they were trained
+        with.
+        """
+        return StageLoss(Objective("forward_kl", beta=1.0), 1.0, min(top_k, vocab_size), vocab_size)
+
+    def measured(self, top_k: int) -> StageLoss:
+        """The same loss on the teacher's top K, to be measured: for an estimator, the divergence that it estimates."""
+        name = self.objective.loss if self.objective.loss in ("forward_kl", "reverse_kl", "jsd") else "reverse_kl"
+        old = self.objective
+        objective = Objective(name, old.jsd_beta, old.alpha, old.beta, old.t_squared)
+        return StageLoss(objective, self.temperature, top_k, self.vocab_size)
+
+    @property
+    def spec(self) -> ScoreSpec:
+        """What the teacher is asked for."""
+        if not self.on_student_support:
+            return ScoreSpec(self.top_k, (self.temperature,))
+        want = frozenset({Field.TOKEN_LOGPROBS, Field.CANDIDATE_LOGPROBS, Field.LOG_NORMALIZER})
+        return ScoreSpec(0, (self.temperature,), want)
+
+    def targets(
+        self,
+        tokens: np.ndarray,
+        scores: Sequence[Scores],
+        temperatures: Sequence[float],
+        candidates: np.ndarray | None = None,
+    ) -> TeacherTargets:
+        """The targets of int64[N] completion tokens, from the scores of their sequences in the same order, on the CPU.
+
+        `temperatures` are those that the scores were asked at, `candidates` int64[N,K] the ids that the teacher was
+        asked about. ValueError where the numbers cannot be a distribution.
+        """
+        m = list(temperatures).index(self.temperature)
+        normalizer = _column([_of(s.log_normalizer)[:, m] for s in scores])
+        token_logprobs = _column([_of(s.token_logprobs) for s in scores])
+        token_ids = torch.from_numpy(tokens)
+        if candidates is not None:
+            logprobs = _column([_of(s.candidate_logprobs) for s in scores])
+            targets = TeacherTargets.from_candidates(
+                torch.from_numpy(candidates),
+                logprobs,
+                normalizer,
+                vocab_size=self.vocab_size,
+                temperature=self.temperature,
+                token_ids_N=token_ids,
+                token_logprobs_N=token_logprobs,
+            )
+        elif self.top_k == 0:
+            nothing = torch.zeros((len(tokens), 0))
+            tail = torch.zeros(len(tokens))
+            targets = TeacherTargets(
+                nothing.long(), nothing, normalizer, tail, self.temperature, token_ids, token_logprobs
+            )
+        else:
+            targets = TeacherTargets(
+                _column([_of(s.top_token_ids) for s in scores]).long(),
+                _column([_of(s.top_logprobs) for s in scores]),
+                normalizer,
+                _column([_of(s.tail_logprob)[:, m] for s in scores]),
+                self.temperature,
+                token_ids,
+                token_logprobs,
+            )
+        targets.check(self.vocab_size)
+        return targets
+
+    def on(self, targets: TeacherTargets, rollout_logprobs: torch.Tensor | None = None) -> LossOf:
+        """The loss as a function of hidden states and head; `rollout_logprobs` float32[N] weigh estimators on sampled
+        tokens.
+        """
+
+        def loss_of(hidden: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            whole = Head(head.weight, getattr(head, "bias", None), self.vocab_size)
+            loss, metrics = distillation_loss(
+                hidden, whole, targets, self.objective, rollout_logprobs_N=rollout_logprobs
+            )
+            hard = metrics.hard_N if metrics.hard_N is not None else torch.zeros_like(metrics.soft_N)
+            columns = metrics.soft_N, hard, metrics.forward_kl_N, metrics.reverse_kl_N, metrics.teacher_tail_N
+            return loss, torch.stack([loss.detach().float(), *(c.sum() for c in columns)])
+
+        return loss_of
+
+
+def _of(array: np.ndarray | None) -> np.ndarray:
+    assert array is not None, "the teacher left out a field that was asked for"
+    return array
+
+
+def _column(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts))

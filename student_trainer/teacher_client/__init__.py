@@ -1,0 +1,8 @@
+"""The client of a teacher service: score and generate over gRPC or HTTP, with retries, failover and calls in flight.
+
+Public for notebooks and other trainers; needs no torch. See `connect` and `TeacherClient`.
+"""
+
+from student_trainer.teacher_client.client import TeacherClient, connect
+
+__all__ = ["TeacherClient", "connect"]

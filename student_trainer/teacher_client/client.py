@@ -1,0 +1,214 @@
+"""The client that trainers and notebooks use: whole calls of any size in, results in order out.
+
+It splits calls by the teacher's limits, keeps a bounded number of them in flight, and stays with one fingerprint.
+Retries and the choice of a replica are in replicas.py, one attempt in a transport. It needs no torch.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from types import TracebackType
+
+from protos import errors
+from protos.scores import Completion, Prompt, Sampling, ScoreRequest, Scores, ScoreSpec, TeacherInfo
+from protos.scores import Sequence as TokenSequence
+from student_trainer.teacher_client import splitting
+from student_trainer.teacher_client.generation import PieceCollector
+from student_trainer.teacher_client.replicas import Replicas
+from student_trainer.teacher_client.transport import Transport, open_transport
+
+
+def connect(
+    address: str | Sequence[str],
+    *,
+    timeout_s: float = 600,
+    patience_s: float = 60,
+    max_in_flight: int = 4,
+    name: str = "",
+    on_wait: Callable[[str], None] | None = None,
+) -> TeacherClient:
+    """A client of the teacher at `host:port`, `grpc://host:port` or `http://host:port`, or of replicas of one teacher.
+
+    Asks the teacher who it is and remembers its fingerprint. `timeout_s` is the time of one attempt, `patience_s` how
+    long a teacher that is down, loading or overloaded is waited for, `max_in_flight` the number of calls at the same
+    time, `name` what the teacher knows this client by (its queue is fair between names). `on_wait` gets a line, in any
+    thread, each time that something is waited for. Raises Unavailable where nobody answers, ValueError for an address
+    that is none.
+    """
+    addresses = [address] if isinstance(address, str) else list(address)
+    replicas = Replicas([open_transport(a, name) for a in addresses], patience_s, on_wait)
+    client = TeacherClient(replicas, timeout_s=timeout_s, max_in_flight=max_in_flight)
+    try:
+        client.teacher()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+class TeacherClient:
+    """Calls one teacher, however many servers run it; see `connect`. All methods may be called from several threads.
+
+    Every method raises the tree of `protos.errors`: TeacherMismatch once another teacher answers than the first time.
+    An error's `index` is that of the caller's list, whatever was split.
+    """
+
+    def __init__(self, replicas: Replicas, *, timeout_s: float, max_in_flight: int) -> None:
+        if max_in_flight < 1:
+            raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight}")
+        self._replicas = replicas
+        self._timeout_s = timeout_s
+        self._info: TeacherInfo | None = None
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="teacher-client")
+
+    def teacher(self, refresh: bool = False) -> TeacherInfo:
+        """Who the teacher is, as it said first; `refresh` asks again (TeacherMismatch if it is another one now)."""
+        with self._lock:
+            if self._info is None or refresh:
+                info = self._replicas.call(0, lambda transport: transport.teacher(self._timeout_s))
+                if self._info is not None and info.fingerprint != self._info.fingerprint:
+                    raise errors.TeacherMismatch(
+                        f"the teacher was {self._info.name} with fingerprint {self._info.fingerprint}, now it is"
+                        f" {info.name} with fingerprint {info.fingerprint}"
+                    )
+                self._info = info
+            return self._info
+
+    def score(self, sequences: Sequence[TokenSequence], spec: ScoreSpec | None = None) -> list[Scores]:
+        """The teacher's scores of each sequence, in order. None scores tokens and log-normaliser alone."""
+        future = self.submit_score(sequences, spec)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def submit_score(self, sequences: Sequence[TokenSequence], spec: ScoreSpec | None = None) -> Future[list[Scores]]:
+        """`score` as a future. At most `max_in_flight` calls are on the wire; later ones wait in order.
+
+        Cancelling the future drops its calls that have not begun.
+        """
+        sequences, info = tuple(sequences), self.teacher()
+        outer: Future[list[Scores]] = Future()
+        pieces = splitting.score_pieces(sequences, info.limits, len(self._replicas))
+        if not pieces:
+            outer.set_result([])
+            return outer
+        request = partial(self._score_piece, sequences, spec or ScoreSpec(), info.fingerprint)
+        _gather([self._pool.submit(request, piece) for piece in pieces], outer)
+        return outer
+
+    def _score_piece(
+        self, sequences: tuple[TokenSequence, ...], spec: ScoreSpec, fingerprint: str, piece: range
+    ) -> list[Scores]:
+        request = ScoreRequest(sequences[piece.start : piece.stop], spec, fingerprint)
+        try:
+            return self._replicas.call(request.tokens, lambda t: t.score(request, self._timeout_s))
+        except errors.TeacherError as error:
+            raise splitting.renumbered(error, piece) from error
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        logprobs: bool = False,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """`n` completions of each prompt, in order: result[prompt][sample].
+
+        `on_completion(prompt_index, sample_index, completion)` is called in this thread as they end, in any order.
+        After a failure on the way only what is missing is asked for again.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1, got {n}")
+        prompts, info = tuple(prompts), self.teacher()
+        found: dict[tuple[int, int], Completion] = {}
+        arrived: queue.SimpleQueue[tuple[int, int, Completion] | errors.TeacherError | BaseException | None]
+        arrived = queue.SimpleQueue()
+        futures: list[Future[None]] = []
+        first_sample = 0
+        for part in splitting.sample_pieces(n, info.limits):
+            for piece in splitting.prompt_pieces(prompts, part, info.limits):
+                collector = PieceCollector(
+                    prompts[piece.start : piece.stop], piece, part, first_sample, lambda *found: arrived.put(found)
+                )
+                own = splitting.reseeded(sampling, first_sample)
+                future = self._pool.submit(self._generate_piece, collector, own, logprobs, info.fingerprint)
+                future.add_done_callback(lambda f: arrived.put(None if f.cancelled() else f.exception()))
+                futures.append(future)
+            first_sample += part
+        running = len(futures)
+        try:
+            while running:
+                item = arrived.get()
+                if isinstance(item, tuple):
+                    found[item[:2]] = item[2]
+                    if on_completion is not None:
+                        on_completion(*item)
+                elif item is None:
+                    running -= 1
+                else:
+                    raise item
+        finally:
+            for future in futures:
+                future.cancel()
+        return [[found[prompt, sample] for sample in range(n)] for prompt in range(len(prompts))]
+
+    def _generate_piece(self, collector: PieceCollector, sampling: Sampling, logprobs: bool, fingerprint: str) -> None:
+        def attempt(transport: Transport) -> None:
+            request = collector.request(sampling, logprobs, fingerprint)
+            with closing(transport.generate(request, self._timeout_s)) as stream:
+                collector.collect(stream)
+
+        cost = collector.tokens(sampling.max_tokens)
+        try:
+            self._replicas.call(cost, attempt, lambda: collector.finished)
+        except errors.TeacherError as error:
+            raise splitting.renumbered(error, collector.asked_indexes) from error
+
+    def close(self) -> None:
+        """Ends calls in flight, whose callers get Unavailable, and all connections."""
+        self._replicas.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> TeacherClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _gather(pieces: list[Future[list[Scores]]], outer: Future[list[Scores]]) -> None:
+    """Gives `outer` the joined results of `pieces`, or the first error; cancels what has not begun then."""
+    lock = threading.Lock()
+    left, ended = len(pieces), False
+
+    def done(piece: Future[list[Scores]]) -> None:
+        nonlocal left, ended
+        with lock:
+            left -= 1
+            failure = errors.Unavailable("the client was closed") if piece.cancelled() else piece.exception()
+            if ended or not (failure or left == 0):
+                return
+            ended = True
+        if not outer.set_running_or_notify_cancel():
+            return
+        if failure is not None:
+            outer.set_exception(failure)
+            for other in pieces:
+                other.cancel()
+        else:
+            outer.set_result([scores for finished in pieces for scores in finished.result()])
+
+    outer.add_done_callback(lambda f: [piece.cancel() for piece in pieces] if f.cancelled() else None)
+    for piece in pieces:
+        piece.add_done_callback(done)

@@ -1,0 +1,67 @@
+"""What a connection to one teacher server must offer, and which one an address names.
+
+A transport makes one attempt: no retry, no splitting, no choice of a replica. It raises the error tree alone; a server
+out of reach is `Unavailable`. All methods may be called from several threads at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
+
+CLIENT_HEADER = "x-client"
+"""HTTP header and gRPC metadata key by which a client gives its name; teachers queue fairly by it."""
+
+
+class Transport(Protocol):
+    """One connection to one server. `timeout_s` is the time for the whole attempt; DeadlineExceeded beyond it."""
+
+    @property
+    def address(self) -> str:
+        """The address as the user gave it."""
+        ...
+
+    def teacher(self, timeout_s: float) -> TeacherInfo:
+        """GetTeacher."""
+        ...
+
+    def score(self, request: ScoreRequest, timeout_s: float) -> list[Scores]:
+        """Score: one result for each sequence, in order."""
+        ...
+
+    def generate(self, request: GenerateRequest, timeout_s: float) -> Generator[list[CompletionDelta], None, None]:
+        """Generate: pieces of completions as they arrive."""
+        ...
+
+    def close(self) -> None:
+        """Ends calls in flight, which raise Unavailable, and the connection."""
+        ...
+
+
+def open_transport(address: str, name: str = "") -> Transport:
+    """The transport of `host:port`, `grpc://host:port` (gRPC) or `http://host:port` (HTTP); ValueError for others."""
+    scheme, separator, rest = address.partition("://")
+    if not separator:
+        scheme, rest = "grpc", address
+    try:
+        parts = urlsplit(f"//{rest}")
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host, port = None, None
+    if scheme not in ("grpc", "http", "https") or not host or (scheme == "grpc" and (port is None or parts.path)):
+        raise ValueError(f"{address!r} is no teacher address; use host:port, grpc://host:port or http://host:port")
+    if scheme == "grpc":
+        from student_trainer.teacher_client.grpc_channel import GrpcTransport
+
+        return GrpcTransport(address, rest, name)
+    from student_trainer.teacher_client.http_channel import HttpTransport
+
+    return HttpTransport(address, name)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself, so that no proxy of the environment applies."""
+    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
