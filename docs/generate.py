@@ -1,0 +1,148 @@
+"""Writes the pages that follow from code: `python docs/generate.py`; with `--check` it only says whether they are stale.
+
+docs/configuration.md from the two configuration models and their docstrings, docs/api.md from the .proto's comments, the
+error table and the HTTP routes. It knows pages, not how anything works.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+NOTICE = "<!-- Written by docs/generate.py from the code; edit the docstrings there. -->\n\n"
+
+
+def cell(text: str) -> str:
+    """A text as one cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def type_name(annotation: Any) -> str:
+    """How a field's type reads in a table."""
+    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    text = re.sub(r"(typing\.|annotated_types\.|pathlib\.)", "", text)
+    text = re.sub(r"Annotated\[(\w+), .*\]", r"\1", text)
+    return text.replace("Literal", "").replace("NoneType", "none").replace("None", "none")
+
+
+def table_of(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """The fields of one pydantic model as rows: key, type, default, meaning."""
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = "none" if default is None else "" if default == "" else f"`{default}`"
+        meaning = cell(field.description or "")
+        assert meaning, f"{model.__name__}.{name} has no docstring"
+        rows.append(f"| `{prefix}{name}` | {cell(type_name(field.annotation))} | {cell(shown)} | {meaning} |")
+    return rows
+
+
+def help_text(command: list[str]) -> str:
+    """What `command --help` prints at a width of 100 columns."""
+    import os
+
+    env = {**os.environ, "COLUMNS": "100"}
+    run = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def configuration_page() -> str:
+    """docs/configuration.md."""
+    from student_trainer.config import Config
+    from teacher_server.config import ServerConfig
+
+    lines = ["# Configuration", "", NOTICE.strip(), ""]
+    lines += ["## The trainer", "", "A value comes from the command line (`section.key=value`), else from the environment"]
+    lines += ["(`STRONG2WEAK_SECTION__KEY`), else from the file given with `--config` (YAML or JSON), else from the default. Unknown"]
+    lines += ["keys are refused with the nearest name. `--dry-run` prints what a run would use.", ""]
+    lines += ["```text", help_text(["main_distillation.py"]), "```", ""]
+    for section, field in Config.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        lines += [f"### `{section}`", "", cell(model.__doc__ or ""), "", *table_of(model), ""]
+    lines += ["## The teacher server", "", "A value comes from the command line, else from the environment (`TEACHER_KEY`), else from"]
+    lines += ["`--config FILE` (YAML), else from the default.", ""]
+    lines += ["```text", help_text(["-m", "teacher_server"]), "```", "", *table_of(ServerConfig), ""]
+    return "\n".join(lines)
+
+
+def proto_section() -> list[str]:
+    """The service and its messages, from the comments of the .proto."""
+    lines: list[str] = []
+    comment: list[str] = []
+    for raw in (ROOT / "protos/teacher/v1/teacher.proto").read_text().splitlines():
+        line = raw.strip()
+        if line.startswith("//"):
+            comment.append(line[2:].strip())
+            continue
+        text = cell(" ".join(comment))
+        if opened := re.match(r"(message|enum|service) (\w+)", line):
+            kind, name = opened.groups()
+            lines += ["", f"### {kind} `{name}`", "", text, ""]
+            if "{}" not in line:
+                lines += ["| name | type | meaning |", "|---|---|---|"]
+        elif method := re.match(r"rpc (\w+)\((.*?)\) returns \((.*?)\)", line):
+            name, request, response = method.groups()
+            lines.append(f"| `{name}` | `{request}` → `{response}` | {text} |")
+        elif value := re.match(r"([A-Z_]+) = (\d+);", line):
+            lines.append(f"| `{value[1]}` | {value[2]} | {text} |")
+        elif field := re.match(r"((?:repeated |optional )?\w+) (\w+) = (\d+);", line):
+            lines.append(f"| `{field[2]}` | {field[1]} | {text} |")
+        comment = []
+    return lines
+
+
+def api_page() -> str:
+    """docs/api.md."""
+    from protos import errors
+    from teacher_server.transports.http_transport import describe_routes
+
+    lines = ["# API", "", NOTICE.strip(), ""]
+    lines += ["Both transports carry the same messages and errors. Over gRPC: `teacher.v1.TeacherService`, with `grpc.health.v1.Health`"]
+    lines += ["and server reflection. Over HTTP: JSON for people, and with `Content-Type: application/x-protobuf` the same messages."]
+    lines += ["", "## HTTP routes", "", "| route | meaning |", "|---|---|"]
+    lines += [f"| `{method} {path}` | {cell(text)} |" for method, path, text in describe_routes()]
+    lines += ["", "## Errors", ""]
+    lines += ["HTTP bodies are problem details (RFC 9457) with `reason` and, where there is one, `index`; gRPC statuses carry"]
+    lines += ["ErrorInfo (`reason`, domain `strong2weak`) and RetryInfo where a retry makes sense.", ""]
+    lines += ["| class | reason | gRPC | HTTP | retry | meaning |", "|---|---|---|---|---|---|"]
+    for kind in errors.TABLE:
+        retry = "yes" if kind.retryable else "no"
+        meaning = cell((kind.__doc__ or "").split("\n\n")[0])
+        reason = errors.reason_of(kind)
+        lines.append(f"| {kind.__name__} | `{reason}` | {kind.grpc_code} | {kind.http_status} | {retry} | {meaning} |")
+    lines += ["", "## Messages", *proto_section(), ""]
+    return "\n".join(lines)
+
+
+PAGES = {"docs/configuration.md": configuration_page, "docs/api.md": api_page}
+
+
+def stale() -> list[str]:
+    """Names of the pages that differ from what the code says."""
+    return [n for n, page in PAGES.items() if not (ROOT / n).exists() or (ROOT / n).read_text() != page()]
+
+
+def main() -> int:
+    """Writes the pages, or with --check names the stale ones and returns 1."""
+    if "--check" in sys.argv:
+        names = stale()
+        print("\n".join(f"{n} is stale; run python docs/generate.py" for n in names) or "the pages are fresh")
+        return bool(names)
+    for name, page in PAGES.items():
+        (ROOT / name).write_text(page())
+        print(f"wrote {name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
