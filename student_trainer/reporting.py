@@ -5,7 +5,6 @@ Knows how to show numbers, not what they mean. Only rank 0 shows anything; the o
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -83,7 +82,7 @@ class Reporter:
         self._waited = time.monotonic()
 
     def waiting(self, line: str) -> None:
-        """Says what is waited for, at most every PLAIN_SECONDS; the log file gets every line. May be called in any thread."""
+        """Says what is waited for, at most every PLAIN_SECONDS; the log file gets every line. For any thread."""
         due = time.monotonic() - self._waited >= PLAIN_SECONDS
         if due:
             self._waited = time.monotonic()
@@ -228,7 +227,7 @@ def final_table(console: Console, rows: Sequence[Mapping[str, Any]], output_dir:
     write_json(output_dir / "summary.json", {"rows": list(rows), "notes": list(notes)})
     text = markdown_table(rows) + "".join(f"\n{note}\n" for note in notes)
     (output_dir / "summary.md").write_text(text, encoding="utf-8")
-    log.debug("final table: %s", json.dumps(list(rows)))
+    log.debug("final table:\n%s", text)
 
 
 def default_console() -> Console:

@@ -58,7 +58,7 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
             info, description.tokenizer, description.logits_width, config, eos_ids=description.eos_ids, stage=stage
         )
         if stage == "test":
-            try_both(config, client, source, console, train[0].messages)
+            try_both(config, client, source, train[0].messages)
             return
         evaluator = Evaluator(config, client, info, description.tokenizer, validation, verifier, reporter)
         stack.callback(evaluator.close)
@@ -122,7 +122,8 @@ def first_student(config: Config, stage: str, pretrained: str | Path | None) -> 
 
 def open_teacher(config: Config, reporter: Reporter, stack: ExitStack) -> TeacherClient:
     """A client of the configured teacher, or of one that rank 0 starts for this run; closed with `stack`."""
-    address, on_wait = config.teacher.endpoint, reporter.waiting
+    address = config.teacher.endpoint
+    on_wait: Callable[[str], None] = reporter.waiting
 
     def start_one() -> str:
         nonlocal on_wait
@@ -144,7 +145,7 @@ def open_teacher(config: Config, reporter: Reporter, stack: ExitStack) -> Teache
     return client
 
 
-def try_both(config: Config, client: TeacherClient, source: str | Path, console: Console, messages: Any) -> None:
+def try_both(config: Config, client: TeacherClient, source: str | Path, messages: Any) -> None:
     """Stage `test`: one score and one answer of the teacher and one of the student in each mode, shown."""
     info = client.teacher()
     student = open_student(config, source, info.vocab_size)
@@ -152,15 +153,15 @@ def try_both(config: Config, client: TeacherClient, source: str | Path, console:
     ids = render(student.tokenizer, messages, Mode.NON_THINKING)
     scores = client.score([Sequence(ids, 1)], ScoreSpec(min(4, info.limits.top_k)))[0]
     assert scores.token_logprobs is not None
-    console.print(f"the teacher scored {scores.positions} tokens, {scores.token_logprobs.mean():.3f} nats a token")
+    log.info("the teacher scored %d tokens, %.3f nats a token", scores.positions, scores.token_logprobs.mean())
     for mode in info.modes:
         prompt = render(student.tokenizer, messages, mode)
         own = sample(student.model, [prompt], max_new_tokens=limit, temperature=0.0, **student.sampling)[0]
-        console.print(f"student, {mode.value}: {answer_text(student.tokenizer, own)!r}", markup=False)
+        log.info("student, %s: %r", mode.value, answer_text(student.tokenizer, own))
         if info.can_generate:
             found = client.generate([Prompt(token_ids=prompt, mode=mode)], Sampling(limit, temperature=0.0))[0][0]
-            console.print(f"teacher, {mode.value}: {found.text!r}", markup=False)
-    console.print("both models are loaded and fit together")
+            log.info("teacher, %s: %r", mode.value, found.text)
+    log.info("both models are loaded and fit together")
 
 
 def notes(session: Session) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,8 @@ def load_config(
     problems: list[str] = []
     sources = [*_file_values(file), *_environment_values(environment), *_override_values(overrides, problems)]
     sources += [(path, value, "command line") for path, value in (flags or {}).items()]
-    for path, value, source in sources:
-        known = _check_known(path, source, problems)
-        if known:
+    for path, value, source in _single_keys(sources):
+        if _check_known(path, source, problems):
             _put(values, path, value)
             origins[path] = source
     if not problems:
@@ -97,11 +96,18 @@ def _file_values(file: Path | None) -> Iterator[tuple[KeyPath, Any, str]]:
     data = read_file(file)
     if not isinstance(data, dict):
         raise UserError("not a configuration: sections with keys are expected", str(file), _HOW)
-    for section, content in data.items():
-        if isinstance(content, dict) and section in Config.model_fields:
-            yield from (((str(section), str(key)), value, str(file)) for key, value in content.items())
-        elif content is not None or section not in Config.model_fields:
-            yield (str(section),), content, str(file)
+    yield from (((str(section),), content, str(file)) for section, content in data.items())
+
+
+def _single_keys(sources: Iterable[tuple[KeyPath, Any, str]]) -> Iterator[tuple[KeyPath, Any, str]]:
+    """The values with whole sections taken apart; a section that is named and left empty says nothing."""
+    for path, value, source in sources:
+        if len(path) > 1 or path[0] not in Config.model_fields:
+            yield path, value, source
+        elif isinstance(value, dict):
+            yield from (((*path, str(key)), inner, source) for key, inner in value.items())
+        elif value is not None:
+            yield path, value, source
 
 
 _HOW = "write one with --create_config and change it"
@@ -196,7 +202,8 @@ def _nearest(path: KeyPath, depth: int) -> str:
         leaves = [name.removeprefix(inside) for name in names if name.startswith(inside)]
         matches = [inside + match for match in difflib.get_close_matches(leaf, leaves, n=1)]
     else:
-        matches = difflib.get_close_matches(path[0], list(Config.model_fields), n=1, cutoff=0.7)
+        matches = [section for section in Config.model_fields if section.startswith(path[0])]
+        matches = matches[:1] or difflib.get_close_matches(path[0], list(Config.model_fields), n=1, cutoff=0.7)
         matches = [".".join((*matches, *path[1:]))] if matches else []
     if not matches:
         leaves = sorted({name.rpartition(".")[2] for name in names})
@@ -252,6 +259,10 @@ def _scalar(value: Any) -> str:
     if isinstance(value, float):
         mantissa, e, exponent = repr(value).partition("e")
         return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else mantissa
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(str(key))}: {_scalar(inner)}' for key, inner in value.items())}}}"
     return json.dumps(value, ensure_ascii=False)
 
 

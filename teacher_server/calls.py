@@ -90,6 +90,15 @@ class Calls:
             call.give_up()
 
     @contextmanager
+    def decoding(self, method: str, caller: Caller) -> Iterator[None]:
+        """Counts a call whose bytes make no sense, which therefore never begins."""
+        try:
+            yield
+        except TeacherError as error:
+            self._metrics.requests.labels(method, caller.transport, error.reason).inc()
+            raise
+
+    @contextmanager
     def enter(self, method: str, caller: Caller) -> Iterator[Call]:
         """A call's life; what is no error of the tree is logged with the call's id and becomes TeacherFailed."""
         call = Call(caller)

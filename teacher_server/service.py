@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import AsyncGenerator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 
@@ -76,6 +77,10 @@ class TeacherService:
     def drain(self) -> None:
         """Refuses new calls with Unavailable from now on; those in progress go on, and `drained` waits for them."""
         self.state = State.DRAINING
+
+    def decoding(self, method: str, caller: Caller) -> AbstractContextManager[None]:
+        """For a transport to make its domain request in, so that one that makes no sense is counted too."""
+        return self._calls.decoding(method, caller)
 
     def give_up(self) -> None:
         """Ends the calls in progress with Unavailable."""

@@ -26,7 +26,7 @@ def teacher_documents(seed: int, non_thinking_share: float = 0.6) -> Iterator[Do
         yield prompt, render_completion(problem.thinking, problem.answer, thinking=thinking)
 
 
-def student_base_documents(seed: int, chat_share: float = 0.3, chain_share: float = 0.0) -> Iterator[Document]:
+def student_base_documents(seed: int, chat_share: float = 0.4, chain_share: float = 0.0, one: float = 0.5, eq: bool = True) -> Iterator[Document]:
     """Plain-text equations and chats about other tasks: the loss is on every token, as in pretraining.
 
     `chain_share` of the equations are whole problems of the training split without their steps (`37+58-24=71`).
@@ -35,7 +35,7 @@ def student_base_documents(seed: int, chat_share: float = 0.3, chain_share: floa
     pool = problems(seed, held_out=False)
     while True:
         if rng.random() < chat_share:
-            yield "", other_chat(rng, next(pool))
+            yield "", other_chat(rng, next(pool), one, eq)
             continue
         chains = rng.random() < chain_share
         lines = [chain(next(pool)) if chains else equation(rng) for _ in range(3 if chains else LINES_OF_EQUATIONS)]
@@ -56,7 +56,7 @@ def equation(rng: random.Random) -> str:
     return f"{total}{operand:+d}={total + operand}"
 
 
-def other_chat(rng: random.Random, problem: Problem, one_step_share: float = 0.5) -> str:
+def other_chat(rng: random.Random, problem: Problem, one_step_share: float = 0.5, eq: bool = True) -> str:
     """A chat about a list of numbers: its largest, its smallest, itself reversed; or two numbers added or subtracted."""
     operands = [abs(term) for term in (problem.first, *problem.rest)]
     task, question, reasoning = "", problem.expression, "\n".join(map(str, operands))
@@ -65,6 +65,8 @@ def other_chat(rng: random.Random, problem: Problem, one_step_share: float = 0.5
         question, answer = reasoning.split("=")
         task = "Add" if "+" in question else "Subtract"
         question = question.replace("+", ",").replace("-", ",")
+        if not eq:
+            reasoning = question.replace(",", "\n")
     else:
         task = rng.choice(("Largest", "Smallest", "Reverse"))
         backwards = "\n".join(map(str, reversed(operands)))

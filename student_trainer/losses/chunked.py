@@ -26,8 +26,9 @@ from .objective import Metrics, Objective, Readout, evaluate
 from .targets import TAIL_FLOOR, Buckets, TeacherTargets
 
 CHUNK_BYTES = 2**29
-"""Size of a chunk's logits in float32, from which the default number of positions follows; a chunk needs about three
-times that."""
+"""Size of a chunk's logits in float32, from which the default number of positions follows (883 for Qwen3). The largest
+moment of a chunk is up to three such arrays; beside it stand the head's gradient in float32 and one in its own dtype.
+"""
 
 
 class LossOutput(NamedTuple):

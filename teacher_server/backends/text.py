@@ -15,6 +15,7 @@ from protos import tokenizer_hash as hashes
 from protos.scores import Ids, Message, Mode, ids_array
 
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken", "spiece.model", "tokenizer*.py")
 _PROBE = [{"role": "user", "content": "1+1"}]
 
 
@@ -28,6 +29,9 @@ class HuggingFaceText:
     def __init__(self, folder: Path, *, trust_remote_code: bool = False, eos: tuple[int, ...] = ()) -> None:
         from transformers import AutoTokenizer
 
+        # Without these, transformers makes an empty tokenizer of the architecture's class instead of an error.
+        if not any(found for pattern in _FILES for found in folder.glob(pattern)):
+            raise ValueError(f"no tokenizer is in {folder}; put tokenizer.json and tokenizer_config.json there")
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         except (OSError, ValueError, KeyError, ImportError) as error:

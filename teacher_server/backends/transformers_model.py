@@ -6,18 +6,22 @@ Knows devices, dtypes, quantisation and attention; knows no queue, no batch and 
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from teacher_server.backends.options import BackendOptions
 
 _LOG = logging.getLogger(__name__)
+_LOADING = threading.Lock()
+"""transformers swaps functions of its classes while it loads; two loads at once leave weights untied for good."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -94,18 +98,30 @@ def load(folder: Path, options: BackendOptions) -> LoadedModel:
 
 def _from_pretrained(folder: Path, options: BackendOptions, arguments: dict[str, Any]) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(folder), trust_remote_code=options.trust_remote_code, local_files_only=True, **arguments
-        )
+        with _LOADING:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                trust_remote_code=options.trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
             f"{options.model} does not fit the GPU's memory in {options.dtype}; use --quantization 4bit, a smaller "
             "model, or more GPUs"
         ) from error
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError, SafetensorError) as error:
         where = f" with --quantization {options.quantization}" if options.quantization != "none" else ""
         step = "try --quantization none or a CUDA GPU" if where else "check the folder and the transformers version"
         raise ValueError(f"{options.model} does not load{where}: {error}; {step}") from error
+    absent = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+    if absent:
+        raise ValueError(
+            f"{len(absent)} weights of {options.model} are missing or have another shape, for example {absent[0]}; "
+            "they would be random numbers: check that the download is complete and that the model is a causal LM"
+        )
+    return model
 
 
 def _device(name: str) -> torch.device:

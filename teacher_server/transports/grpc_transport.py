@@ -55,10 +55,12 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         caller = None
         try:
             caller = self._caller(context)
-            reader = codec.ScoreRequestReader(self._max_request_bytes)
-            async for message in request_iterator:
-                reader.add(message)
-            async with aclosing(self._service.score(reader.finish(), caller)) as results:
+            with self._service.decoding("score", caller):
+                reader = codec.ScoreRequestReader(self._max_request_bytes)
+                async for message in request_iterator:
+                    reader.add(message)
+                call = reader.finish()
+            async with aclosing(self._service.score(call, caller)) as results:
                 async for index, scores in results:
                     for response in codec.encode_scores(index, scores):
                         yield response
@@ -70,7 +72,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         caller = None
         try:
             caller = self._caller(context)
-            async with aclosing(self._service.generate(codec.decode_generate_request(request), caller)) as results:
+            with self._service.decoding("generate", caller):
+                call = codec.decode_generate_request(request)
+            async with aclosing(self._service.generate(call, caller)) as results:
                 async for deltas in results:
                     yield codec.encode_deltas(deltas)
         except TeacherError as error:

@@ -111,36 +111,43 @@ def make_router(http: Http) -> APIRouter:
         """The teacher's log-probabilities of tokens that already exist."""
         caller, kind, body = http.caller(request), media_type(request), await http.body(request)
         if kind == "protobuf":
-            reader = codec.ScoreRequestReader(http.max_request_bytes)
-            reader.add_bytes(body)
+            with service.decoding("score", caller):
+                reader = codec.ScoreRequestReader(http.max_request_bytes)
+                reader.add_bytes(body)
+                call = reader.finish()
             return await stream(
                 request,
-                service.score(reader.finish(), caller),
+                service.score(call, caller),
                 lambda item: (codec.frame(m.SerializeToString()) for m in codec.encode_scores(*item)),
                 media_type=PROTOBUF,
                 on_error=codec.frame_error,
             )
-        call = parse(schemas.ScoreBody, body).request(service.tokenize)
+        with service.decoding("score", caller):
+            info, text = service.teacher(), service.text  # now: later the server may be draining
+            call = parse(schemas.ScoreBody, body).request(service.tokenize)
         scores = await while_connected(request, _all_scores(service, call, caller))
-        text = service.text.decode
         sequences = [
-            schemas.scored(sequence, index, scores[index], text) for index, sequence in enumerate(call.sequences)
+            schemas.scored(sequence, index, scores[index], text.decode) for index, sequence in enumerate(call.sequences)
         ]
-        return json_response({"fingerprint": service.teacher().fingerprint, "sequences": sequences})
+        return json_response({"fingerprint": info.fingerprint, "sequences": sequences})
 
     @router.post("/v1/generate", response_model=schemas.GenerateAnswer, openapi_extra=_body("GenerateBody"))
     async def generate(request: Request) -> Response:
         """Completions of prompts, whole or streamed."""
         caller, kind, body = http.caller(request), media_type(request), await http.body(request)
         if kind == "protobuf":
+            with service.decoding("generate", caller):
+                call = codec.decode_generate_request_bytes(body)
             return await stream(
                 request,
-                service.generate(codec.decode_generate_request_bytes(body), caller),
+                service.generate(call, caller),
                 lambda deltas: [codec.frame(codec.encode_deltas(deltas).SerializeToString())],
                 media_type=PROTOBUF,
                 on_error=codec.frame_error,
             )
-        call = parse(schemas.GenerateBody, body).request()
+        with service.decoding("generate", caller):
+            info = service.teacher()
+            call = parse(schemas.GenerateBody, body).request()
         if call.stream:
             return await stream(
                 request,
@@ -156,7 +163,7 @@ def make_router(http: Http) -> APIRouter:
             for prompt, row in enumerate(completions)
             for sample, completion in enumerate(row)
         ]
-        return json_response({"fingerprint": service.teacher().fingerprint, "completions": answers})
+        return json_response({"fingerprint": info.fingerprint, "completions": answers})
 
     @router.get("/health", tags=["operation"])
     async def health() -> PlainTextResponse:

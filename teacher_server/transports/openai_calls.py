@@ -55,7 +55,8 @@ class OpenAiCall:
         if body.stream:
             body.refuse_in_a_stream(wish.alternatives or 0, wish.echo)
         self._service, self._caller, self._body, self._wish = service, caller, body, wish
-        self._namer = shapes.Namer(service.text.decode, body.return_tokens_as_token_ids)
+        self._text = service.text
+        self._namer = shapes.Namer(self._text.decode, body.return_tokens_as_token_ids)
         self.prompts = [service.tokenize(index, prompt) for index, prompt in enumerate(wish.prompts)]
         for index, ids in enumerate(self.prompts):
             if not len(ids):
@@ -150,7 +151,7 @@ class OpenAiCall:
         if not self._wish.echo:
             return ""
         prompt = index // self._body.n
-        return self._wish.prompts[prompt].text or self._service.text.decode(self.prompts[prompt])
+        return self._wish.prompts[prompt].text or self._text.decode(self.prompts[prompt])
 
     def _prompt_logprobs(self, one: domain.Completion, scores: domain.Scores | None) -> list[dict[str, Any] | None]:
         top_k = self._body.prompt_logprobs or 0

@@ -209,7 +209,8 @@ def test_a_teachers_tail_at_the_floor_has_no_mass_and_costs_are_finite():
     student = logits(N, V, 4)
     s, t = student_buckets(student, targets.ids_NK), targets.buckets()
     support = (t.logprobs_NK.exp() * (t.logprobs_NK - s.logprobs_NK)).sum(-1)
-    torch.testing.assert_close(forward_kl(s, t), support, rtol=0, atol=0)
+    for tail_N in (s.tail_logprob_N, torch.full((N,), -math.inf, dtype=torch.float64)):
+        torch.testing.assert_close(forward_kl(Buckets(s.logprobs_NK, tail_N), t), support, rtol=0, atol=0)
     r = s.tail_logprob_N.exp()
     torch.testing.assert_close(
         reverse_kl(s, t), (s.logprobs_NK.exp() * (s.logprobs_NK - t.logprobs_NK)).sum(-1) + r * (r.log() + 100)

@@ -253,6 +253,18 @@ def test_a_tiny_tail_of_the_student_keeps_its_gradient_where_one_minus_the_sum_w
         assert (grads[0][:, K:] < -1e-3).all()  # the lost tail is pulled back
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 3.0])
+def test_a_constant_added_to_the_logits_changes_nothing_however_large(temperature):
+    targets = said_by(random(N, R, seed=4).float(), K, temperature)
+    z = (random(N, R, seed=1) * 2).round().float()  # whole numbers, which float32 keeps exactly beside 1000
+    outputs = [
+        distillation_loss_from_logits(z + c, targets, Objective("jsd", beta=0.3)) for c in (0.0, 1000.0, -1000.0)
+    ]
+    for other in outputs[1:]:
+        assert torch.equal(other.loss, outputs[0].loss)
+        assert torch.equal(other.metrics.student_entropy_N, outputs[0].metrics.student_entropy_N)
+
+
 def test_bf16_hidden_and_head_come_close_to_float32_and_keep_their_dtype():
     hidden, weight = random(40, 32, seed=1) / 3, random(300, 32, seed=2) / 3
     targets = said_by(random(40, 300, seed=4).float(), 16, 2.0)

@@ -82,6 +82,14 @@ def test_a_blob_of_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
     assert model_files.file_hash(link) == "a" * 64
 
 
+def drop_a_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -89,7 +97,9 @@ def test_a_blob_of_the_hubs_cache_is_known_by_its_name(tmp_path: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "model.safetensors").write_bytes(b"not weights"), "does not load"),
         (lambda f: (f / "config.json").write_text('{"model_type": "nobody"}'), "does not load"),
-        (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "no tokenizer"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), "no tokenizer"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer is in"),
+        (drop_a_weight, "1 weights of .* are missing"),
     ],
 )
 def test_a_broken_folder_is_a_value_error_in_plain_words(
@@ -208,6 +218,24 @@ def test_quantised_models_score_and_generate_close_to_the_original(quantization:
     assert asyncio.run(run()) > 0.9
     assert small.info.quantization == quantization
     assert small.info.fingerprint != plain.info.fingerprint
+
+
+def test_models_that_load_at_the_same_time_keep_their_tied_weights(saved: Saver) -> None:
+    from transformers import AutoModelForCausalLM
+
+    backends = [TransformersBackend(BackendOptions(model=str(saved("gpt2")), device="cpu")) for _ in range(4)]
+
+    async def run() -> list[np.ndarray]:
+        await asyncio.gather(*(backend.start() for backend in backends))
+        sequence = Sequence(np.arange(20, dtype=np.int32))
+        scores = [(await backend.score(sequence, ScoreSpec())).token_logprobs for backend in backends]
+        await asyncio.gather(*(backend.close() for backend in backends))
+        return [s for s in scores if s is not None]
+
+    first, *others = asyncio.run(run())
+    assert all(np.array_equal(first, other) for other in others)
+    model = AutoModelForCausalLM.from_pretrained(saved("gpt2"))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_generation_config_with_one_eos_id_or_none_is_understood(saved: Saver, tmp_path: Path) -> None:

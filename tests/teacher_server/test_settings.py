@@ -1,0 +1,115 @@
+"""Where settings come from, what is refused and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from teacher_server.config import ServerConfig, is_loopback
+from teacher_server.settings import ConfigError, load, render
+
+
+def test_the_command_line_wins_over_the_environment_over_the_file_over_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("model: from-file\ngrpc_port: 1\nhttp_port: 2\nname: file\n")
+    environ = {"TEACHER_GRPC_PORT": "3", "TEACHER_NAME": "environment", "TEACHER_CONFIG": str(file)}
+    config, dry_run = load(["--name", "line"], environ)
+    assert (config.model, config.grpc_port, config.http_port, config.name) == ("from-file", 3, 2, "line")
+    assert config.grace_s == 60
+    assert not dry_run
+    assert load(["--config", str(file)], {})[0].name == "file"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environ", "words"),
+    [
+        (["--model", "m", "--grpc-prt", "1"], {}, "unknown argument --grpc-prt; did you mean --grpc-port?"),
+        (["--model", "m"], {"TEACHER_HTTP_PROT": "1"}, "TEACHER_HTTP_PROT; did you mean TEACHER_HTTP_PORT?"),
+        ([], {}, "model is missing: give --model, TEACHER_MODEL or the key model"),
+        (["--model", "m", "--grpc-port", "high"], {}, "grpc_port (command line): "),
+        (["--model", "m"], {"TEACHER_GRPC_PORT": "70000"}, "grpc_port (environment): "),
+        (["--model", "m", "--dtype", "float8"], {}, "'float32'"),
+        (["--model", "m", "--config", "/does/not/exist"], {}, "cannot read the configuration file /does/not/exist"),
+        (["--model"], {}, "--model: expected one argument"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_in_words(arguments: list[str], environ: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(arguments, environ)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("modle: x", "unknown key modle in"),
+        ("modle: x", "did you mean model?"),
+        ("- a", "it holds a list"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load(["--config", str(file)], {})
+    assert words in str(caught.value)
+
+
+def test_what_kubernetes_says_about_a_service_named_teacher_is_not_a_setting() -> None:
+    environ = {
+        "TEACHER_SERVICE_HOST": "10.0.0.1",
+        "TEACHER_SERVICE_PORT_GRPC": "50051",
+        "TEACHER_PORT": "tcp://10.0.0.1:50051",
+        "TEACHER_PORT_50051_TCP_ADDR": "10.0.0.1",
+    }
+    assert load(["--model", "m"], environ)[0].model == "m"
+
+
+def test_what_dry_run_prints_is_a_file_that_gives_the_same_settings(tmp_path: Path) -> None:
+    config, dry_run = load(["--model", "m", "--no-cache", "--grace-s", "1.5", "--dry-run"], {})
+    assert dry_run
+    file = tmp_path / "server.yaml"
+    file.write_text(render(config))
+    assert load(["--config", str(file)], {})[0] == config
+    assert not config.cache
+
+
+def test_the_settings_are_frozen_and_every_one_is_explained() -> None:
+    config = ServerConfig(model="m")
+    with pytest.raises(ValueError, match="frozen"):
+        config.model = "other"  # type: ignore[misc]
+    assert all(field.description for field in ServerConfig.model_fields.values())
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "teacher.example.org", ""])
+def test_an_address_that_others_reach_is_refused_unless_the_operator_says_so(host: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(["--model", "m", "--host", host], {})
+    message = str(caught.value)
+    assert message.startswith(f"host {host} can be reached from other machines, and without keys anyone")
+    assert "--allow-insecure-bind" in message
+    assert load(["--model", "m", "--host", host, "--allow-insecure-bind"], {})[0].host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
+def test_loopback_needs_no_permission(host: str) -> None:
+    assert is_loopback(host)
+
+
+def test_the_backend_gets_its_share() -> None:
+    options: Any = ServerConfig(model="m", batch_tokens=77, quantization="4bit").backend_options()
+    assert (options.model, options.batch_tokens, options.quantization) == ("m", 77, "4bit")
+    assert ServerConfig(model="m").backend_options().batch_tokens > 0
+
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_every_server_configuration_in_the_tree_loads() -> None:
+    for file in [*ROOT.glob("config/*server*.yaml"), *ROOT.glob("docker/*server*.yaml")]:
+        assert yaml.safe_load(file.read_text()), file
+        load(["--config", str(file), "--model", "m"], {})
