@@ -1,7 +1,7 @@
-"""Writes the pages that follow from code: `python docs/generate.py`; with `--check` it only says whether they are stale.
+"""Writes the pages that follow from code: `python docs/generate.py`; `--check` only says whether they are stale.
 
-docs/configuration.md from the two configuration models and their docstrings, docs/api.md from the .proto's comments, the
-error table and the HTTP routes. It knows pages, not how anything works.
+docs/configuration.md from the two configuration models and their docstrings, docs/api.md from the .proto's comments,
+the error table, the HTTP routes and the metrics. It knows pages, not how anything works.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ def help_text(command: list[str]) -> str:
     import os
 
     env = {**os.environ, "COLUMNS": "100"}
-    run = subprocess.run([sys.executable, *command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, *command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
     return run.stdout.strip()
 
 
@@ -60,8 +62,15 @@ def configuration_page() -> str:
     from teacher_server.config import ServerConfig
 
     lines = ["# Configuration", "", NOTICE.strip(), ""]
-    lines += ["## The trainer", "", "A value comes from the command line (`section.key=value`), else from the environment"]
-    lines += ["(`STRONG2WEAK_SECTION__KEY`), else from the file given with `--config` (YAML or JSON), else from the default. Unknown"]
+    lines += [
+        "## The trainer",
+        "",
+        "A value comes from the command line (`section.key=value`), else from the environment",
+    ]
+    lines += [
+        "(`STRONG2WEAK_SECTION__KEY`), else from the file given with `--config` (YAML or JSON), else from the default. "
+        "Unknown"
+    ]
     lines += ["keys are refused with the nearest name. `--dry-run` prints what a run would use.", ""]
     lines += ["```text", help_text(["main_distillation.py"]), "```", ""]
     for section, field in Config.model_fields.items():
@@ -69,7 +78,11 @@ def configuration_page() -> str:
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         lines += [f"### `{section}`", "", cell(model.__doc__ or ""), "", *table_of(model), ""]
-    lines += ["## The teacher server", "", "A value comes from the command line, else from the environment (`TEACHER_KEY`), else from"]
+    lines += [
+        "## The teacher server",
+        "",
+        "A value comes from the command line, else from the environment (`TEACHER_KEY`), else from",
+    ]
     lines += ["`--config FILE` (YAML), else from the default.", ""]
     lines += ["```text", help_text(["-m", "teacher_server"]), "```", "", *table_of(ServerConfig), ""]
     return "\n".join(lines)
@@ -104,15 +117,24 @@ def proto_section() -> list[str]:
 def api_page() -> str:
     """docs/api.md."""
     from protos import errors
-    from teacher_server.transports.http_transport import describe_routes
+    from teacher_server.metrics import describe_metrics
+    from teacher_server.transports.http_app import describe_routes
 
     lines = ["# API", "", NOTICE.strip(), ""]
-    lines += ["Both transports carry the same messages and errors. Over gRPC: `teacher.v1.TeacherService`, with `grpc.health.v1.Health`"]
-    lines += ["and server reflection. Over HTTP: JSON for people, and with `Content-Type: application/x-protobuf` the same messages."]
+    lines += [
+        "Both transports carry the same messages and errors. Over gRPC: `teacher.v1.TeacherService`, with "
+        "`grpc.health.v1.Health`"
+    ]
+    lines += [
+        "and server reflection. Over HTTP: JSON for people, and with `Content-Type: application/x-protobuf` the same "
+        "messages."
+    ]
     lines += ["", "## HTTP routes", "", "| route | meaning |", "|---|---|"]
     lines += [f"| `{method} {path}` | {cell(text)} |" for method, path, text in describe_routes()]
     lines += ["", "## Errors", ""]
-    lines += ["HTTP bodies are problem details (RFC 9457) with `reason` and, where there is one, `index`; gRPC statuses carry"]
+    lines += [
+        "HTTP bodies are problem details (RFC 9457) with `reason` and, where there is one, `index`; gRPC statuses carry"
+    ]
     lines += ["ErrorInfo (`reason`, domain `strong2weak`) and RetryInfo where a retry makes sense.", ""]
     lines += ["| class | reason | gRPC | HTTP | retry | meaning |", "|---|---|---|---|---|---|"]
     for kind in errors.TABLE:
@@ -120,6 +142,11 @@ def api_page() -> str:
         meaning = cell((kind.__doc__ or "").split("\n\n")[0])
         reason = errors.reason_of(kind)
         lines.append(f"| {kind.__name__} | `{reason}` | {kind.grpc_code} | {kind.http_status} | {retry} | {meaning} |")
+    lines += ["", "## Metrics", "", "`GET /metrics` in Prometheus' text format.", ""]
+    lines += ["| metric | type | labels | meaning |", "|---|---|---|---|"]
+    lines += [
+        f"| `{name}` | {kind} | {', '.join(labels)} | {cell(text)} |" for name, kind, labels, text in describe_metrics()
+    ]
     lines += ["", "## Messages", *proto_section(), ""]
     return "\n".join(lines)
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from protos.scores import Mode
+from protos.scores import Floats, Ids, Mode, Scores, ids_array
 
 from . import distributed
 from .batches import Row, pad, split_by_length
@@ -26,7 +27,7 @@ from .data import Example
 from .distillation_trainer import MicroBatch
 from .errors import UserError
 from .evaluation import Student, requests_for, rollout_row
-from .losses import Head, student_top_k
+from .losses import Head, TeacherTargets, student_top_k
 from .modes import assign_modes
 from .responses import Request
 from .rollouts import Rollout, sample
@@ -46,6 +47,19 @@ def distil(session: Session, student: Student) -> Outcome:
     feed = RolloutFeed(session.config, session.train, student, session.client, loss)
     measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 2, on-policy")
     return Outcome(layout.best_model, measured, time.monotonic() - started)
+
+
+class Asked(NamedTuple):
+    """A rollout that the teacher is scoring: `future` gives a list whose entry `place` is its score.
+
+    `candidates` int32[R,K] are the ids that the teacher was asked about, `logprobs` float32[R] the sampler's.
+    """
+
+    row: Row
+    candidates: Ids | None
+    logprobs: Floats | None
+    future: Future[list[Scores]]
+    place: int
 
 
 class RolloutFeed:
@@ -76,60 +90,73 @@ class RolloutFeed:
         """Nothing: what the next step samples depends on this step's weights."""
 
     def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
-        """Samples, asks, and gives as many micro-batches as there were, each of rollouts of similar length."""
+        """Samples, asks, and gives as many micro-batches as there were, each of rollouts of similar length, short
+        first.
+
+        Non-thinking rollouts are short: they are sampled first, and scored while the thinking ones are sampled.
+        """
         examples = [self.examples[i] for indices in micro_batches for i in indices]
         modes = assign_modes(examples, self.options.thinking_prob, self.config.training.seed + epoch)
         requests = [self._requests[e.id, mode] for e, mode in zip(examples, modes, strict=True)]
-        rollouts = self._sample(requests, step)
-        parts = split_by_length([len(row.ids) for row, _ in rollouts], len(micro_batches))
-        return [self._batch([rollouts[i] for i in part]) for part in parts]
+        asked: list[Asked] = []
+        for mode in (Mode.NON_THINKING, Mode.THINKING):
+            rollouts = self._sample([r for r in requests if r.mode is mode], step, mode)
+            rollouts.sort(key=lambda r: len(r[0].ids))
+            for first in range(0, len(rollouts), self.options.batch_size):
+                asked += self._ask(rollouts[first : first + self.options.batch_size])
+        parts = split_by_length([len(a.row.ids) for a in asked], len(micro_batches))
+        return [self._batch([asked[i] for i in part]) for part in reversed(parts)]
 
-    def _sample(self, requests: Sequence[Request], step: int) -> list[tuple[Row, Rollout]]:
-        """One rollout of each request; each mode in a call of its own, because their lengths are far apart."""
-        options, rollouts = self.options, []
-        for mode in Mode:
-            chosen = [r for r in requests if r.mode is mode]
-            if not chosen:
-                continue
-            found = sample(
-                self.student.model,
-                [r.prompt_ids for r in chosen],
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.sampling_temperature or options.temperature,
-                max_length=self.config.data.max_length,
-                seed=hash((self.config.training.seed, step, distributed.rank(), mode.thinking)) % 2**63,
-                logprobs=self.weighs,
-                **self.student.sampling,
-            )
-            names = (f"{r.example_id} ({mode.value})" for r in chosen)
-            rollouts += [(rollout_row(r, name), r) for r, name in zip(found, names, strict=True)]
-        return rollouts
+    def _sample(self, requests: Sequence[Request], step: int, mode: Mode) -> list[tuple[Row, Rollout]]:
+        """One rollout of each request."""
+        options, seed = self.options, (self.config.training.seed, step, distributed.rank(), mode.thinking)
+        if not requests:
+            return []
+        rollouts = sample(
+            self.student.model,
+            [r.prompt_ids for r in requests],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.sampling_temperature or options.temperature,
+            max_length=self.config.data.max_length,
+            seed=hash(seed) % 2**63,
+            logprobs=self.weighs,
+            **self.student.sampling,
+        )
+        names = (f"{r.example_id} ({mode.value})" for r in requests)
+        return [(rollout_row(r, name), r) for r, name in zip(rollouts, names, strict=True)]
 
     @property
     def weighs(self) -> bool:
-        """Whether the loss weighs tokens by how likely the sampler found them: only where it sampled at another
-        temperature.
-        """
+        """Whether the loss weighs tokens by how likely they were when sampled: only at another temperature."""
         other = self.options.sampling_temperature not in (None, self.options.temperature)
         return other and self.loss.objective.on_sampled_token
 
-    def _batch(self, part: Sequence[tuple[Row, Rollout]]) -> MicroBatch:
-        rows = [row for row, _ in part]
-        tokens = pad(rows, self.student.tokenizer.pad_token_id).targets
-        candidates = self._own_top_k(rows) if self.loss.on_student_support else None
-        bounds = np.cumsum([len(row.ids) - row.start for row in rows])[:-1]
-        asked = [None] * len(rows) if candidates is None else np.split(candidates.astype(np.int32), bounds)
-        spec = self.loss.spec
-        future = self.client.submit_score([r.tokens(c) for r, c in zip(rows, asked, strict=True)], spec)
-        drawn = [r.logprobs for _, r in part if r.logprobs is not None]
-        return MicroBatch(
-            rows,
-            lambda: self.loss.targets(tokens, future.result(), spec.temperatures, candidates),
-            torch.from_numpy(np.concatenate(drawn)) if drawn else None,
-        )
+    def _ask(self, rollouts: Sequence[tuple[Row, Rollout]]) -> list[Asked]:
+        """Sends rollouts to the teacher, with the student's own top K where the loss wants that."""
+        rows = [row for row, _ in rollouts]
+        candidates: list[Ids | None] = [None] * len(rows)
+        if self.loss.on_student_support:
+            bounds = np.cumsum([len(row.ids) - row.start for row in rows])[:-1]
+            candidates = list(np.split(self._own_top_k(rows), bounds))
+        sequences = [row.tokens(c) for row, c in zip(rows, candidates, strict=True)]
+        future = self.client.submit_score(sequences, self.loss.spec)
+        return [Asked(row, candidates[i], rollout.logprobs, future, i) for i, (row, rollout) in enumerate(rollouts)]
 
-    def _own_top_k(self, rows: Sequence[Row]) -> np.ndarray:
-        """int64[N,K]: the student's most likely ids at each completion token, chosen without looking at the token."""
+    def _batch(self, asked: Sequence[Asked]) -> MicroBatch:
+        rows = [a.row for a in asked]
+        tokens = pad(rows, self.student.tokenizer.pad_token_id).targets
+        drawn = [a.logprobs for a in asked if a.logprobs is not None]
+
+        def targets() -> TeacherTargets:
+            scores = [a.future.result()[a.place] for a in asked]
+            named = [a.candidates for a in asked if a.candidates is not None]
+            candidates = np.concatenate(named).astype(np.int64) if named else None
+            return self.loss.targets(tokens, scores, self.loss.spec.temperatures, candidates)
+
+        return MicroBatch(rows, targets, torch.from_numpy(np.concatenate(drawn)) if drawn else None)
+
+    def _own_top_k(self, rows: Sequence[Row]) -> Ids:
+        """int32[N,K]: the student's most likely ids at each completion token, chosen without looking at the token."""
         padded, model = pad(rows, self.student.tokenizer.pad_token_id), self.student.model
         device = next(model.parameters()).device
 
@@ -144,4 +171,4 @@ class RolloutFeed:
                 places=torch.from_numpy(padded.places).to(device),
                 objective=choose,
             )
-        return np.ascontiguousarray(ids.cpu().numpy())
+        return ids_array(ids.cpu().numpy(), 2)

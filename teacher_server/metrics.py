@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -63,11 +61,18 @@ class Metrics:
             self.request_seconds.labels(method)
             self.queue_seconds.labels(method)
 
-    def watch(self, gauge: Gauge, value: Callable[[], float]) -> None:
-        """Reads a gauge from `value` whenever it is asked for."""
-        gauge.set_function(value)
-
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         data: bytes = generate_latest(self.registry)
         return data
+
+
+def describe_metrics() -> list[tuple[str, str, tuple[str, ...], str]]:
+    """(name as Prometheus shows it, type, labels, meaning) of every metric, for the reference page."""
+    found = []
+    for metric in vars(Metrics()).values():
+        if isinstance(metric, (Counter, Gauge, Histogram)):
+            (family,) = metric.describe()
+            name = family.name + ("_total" if family.type == "counter" else "")
+            found.append((name, family.type, tuple(metric._labelnames), family.documentation))
+    return found

@@ -48,12 +48,18 @@ def chain(problem: Problem) -> str:
 
 
 def equation(rng: random.Random) -> str:
-    """One step as it occurs in the task: a running total of up to three operands, and one operand more."""
-    total = sum(draw_operand(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
-    operand = draw_operand(rng)
-    if operand <= total and rng.random() < 0.5:
-        operand = -operand
-    return f"{total}{operand:+d}={total + operand}"
+    """One step as it occurs in the task: a running total of up to three operands, and one operand more.
+
+    Steps that are held-out problems by themselves are left out.
+    """
+    while True:
+        total = sum(draw_operand(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3))))
+        operand = draw_operand(rng)
+        if operand <= total and rng.random() < 0.5:
+            operand = -operand
+        step = Problem(total, (operand,))
+        if not step.held_out:
+            return step.thinking
 
 
 def other_chat(rng: random.Random, problem: Problem, one_step_share: float = 0.5, eq: bool = True) -> str:
@@ -64,9 +70,8 @@ def other_chat(rng: random.Random, problem: Problem, one_step_share: float = 0.5
         reasoning = equation(rng)
         question, answer = reasoning.split("=")
         task = "Add" if "+" in question else "Subtract"
-        question = question.replace("+", ",").replace("-", ",")
         if not eq:
-            reasoning = question.replace(",", "\n")
+            reasoning = question.replace("+", "\n").replace("-", "\n")
     else:
         task = rng.choice(("Largest", "Smallest", "Reverse"))
         backwards = "\n".join(map(str, reversed(operands)))

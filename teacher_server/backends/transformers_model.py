@@ -64,7 +64,7 @@ def load(folder: Path, options: BackendOptions) -> LoadedModel:
         raise ValueError(f"the configuration in {folder} does not load: {error}") from error
     dtype = _dtype(options.dtype, config, device)
     arguments: dict[str, Any] = {"dtype": dtype}
-    attention = _attention(options.attn_implementation, device, dtype)
+    attention = _attention(options.attn_implementation, device, dtype, config)
     if attention:
         arguments["attn_implementation"] = attention
     if options.quantization != "none":
@@ -137,7 +137,7 @@ def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
     return own if device.type == "cuda" and isinstance(own, torch.dtype) else torch.float32
 
 
-def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def _attention(name: str, device: torch.device, dtype: torch.dtype, config: Any) -> str:
     """The implementation to ask for; "" leaves it to transformers: sdpa, or eager for models that lack it."""
     from transformers.utils import is_flash_attn_2_available
 
@@ -149,8 +149,13 @@ def _attention(name: str, device: torch.device, dtype: torch.dtype) -> str:
                 "install flash-attn or use --attn-implementation auto"
             )
         return name
+    # Some releases of transformers run sdpa for capped attention scores and leave the cap out.
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None) is not None
+    if name == "sdpa" and capped:
+        raise ValueError("this model caps its attention scores, which sdpa cannot; use --attn-implementation eager")
     if name == "auto":
-        return "flash_attention_2" if device.type == "cuda" and half and is_flash_attn_2_available() else ""
+        flash = device.type == "cuda" and half and is_flash_attn_2_available()
+        return "flash_attention_2" if flash else "eager" if capped else ""
     return name
 
 

@@ -20,6 +20,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protos.errors import InvalidRequest, TeacherError, TeacherFailed
+from teacher_server.auth import TrustingAuthenticator
+from teacher_server.metrics import Metrics
+from teacher_server.service import ServiceSettings, TeacherService
 from teacher_server.transports import docs_page, http_transport, openai_api, openai_schemas, problems, schemas
 
 log = logging.getLogger(__name__)
@@ -79,6 +82,17 @@ def create_app(http: http_transport.Http) -> FastAPI:
 
     app.add_middleware(RequestIds)
     return app
+
+
+def describe_routes() -> list[tuple[str, str, str]]:
+    """(method, path, meaning) of every route, for the reference page."""
+    service = TeacherService(ServiceSettings(), Metrics())
+    document = create_app(http_transport.Http(service, TrustingAuthenticator(), 0)).openapi()
+    return [
+        (method.upper(), path, route["description"])
+        for path, methods in document["paths"].items()
+        for method, route in methods.items()
+    ] + [("GET", "/docs", "The routes as a page."), ("GET", "/openapi.json", "The routes for programs.")]
 
 
 async def _teacher_error(request: Request, error: TeacherError) -> Response:

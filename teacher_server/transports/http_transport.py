@@ -16,9 +16,10 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ValidationError
 
 from protos import codec
-from protos.errors import InvalidRequest
+from protos.errors import InvalidRequest, Unavailable
 from protos.scores import Completion, CompletionDelta, ScoreRequest, Scores
 from teacher_server.auth import Authenticator, Caller
+from teacher_server.calls import RETRY_S
 from teacher_server.service import TeacherService
 from teacher_server.transports import problems, schemas
 from teacher_server.transports.completions import collect
@@ -174,9 +175,9 @@ def make_router(http: Http) -> APIRouter:
     async def ready() -> Response:
         """Whether calls are answered; 503 with the reason where not."""
         reason = await service.why_not_ready()
-        if not reason:
-            return PlainTextResponse("ready\n")
-        return PlainTextResponse(reason + "\n", 503, {"retry-after": "5"})
+        if reason:
+            raise Unavailable(f"{reason}; retry later", retry_after_s=RETRY_S)
+        return PlainTextResponse("ready\n")
 
     @router.get("/metrics", tags=["operation"])
     async def metrics() -> Response:

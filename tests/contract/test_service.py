@@ -195,7 +195,7 @@ def test_health_follows_readiness_for_each_service() -> None:
         assert {status(name) for name in ("", SERVICE)} == {status_type.NOT_SERVING}
         assert httpx.get(f"{server.http}/health").status_code == 200
         ready = httpx.get(f"{server.http}/ready")
-        assert (ready.status_code, ready.text) == (503, "the teacher is loading\n")
+        assert (ready.status_code, ready.json()["detail"]) == (503, "the teacher is loading; retry later")
         loaded.set()
         wait_for(lambda: status(SERVICE) == status_type.SERVING)
         assert status("") == status_type.SERVING
@@ -211,7 +211,7 @@ def test_a_crashed_engine_is_not_ready() -> None:
         with pytest.raises(errors.Unavailable):
             wire.score(ScoreRequest((Sequence([1, 7]),)))
         ready = httpx.get(f"{server.http}/ready")
-        assert (ready.status_code, ready.text) == (503, "the engine does not answer\n")
+        assert (ready.status_code, ready.json()["detail"]) == (503, "the engine does not answer; retry later")
         assert httpx.get(f"{server.http}/health").status_code == 200
         wire.close()
 
