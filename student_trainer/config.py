@@ -159,6 +159,8 @@ class NonPolicyDistillation(Section):
     """Probability of the thinking mode where modes is mixed."""
     samples_per_prompt: PositiveInt = 1
     """Responses for each prompt and mode."""
+    max_prompts: PositiveInt | None = None
+    """Ask for responses to the first training prompts only; null asks for all. Stage 2 uses all in any case."""
     max_new_tokens: PositiveInt = 1024
     """Largest number of tokens of a response."""
     response_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.6

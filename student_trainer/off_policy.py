@@ -72,7 +72,7 @@ def teacher_responses(session: Session, layout: Layout, tokenizer: Any) -> list[
 def ask(session: Session, path: Path, tokenizer: Any) -> None:
     """Asks the teacher for every response that `path` does not hold yet."""
     options, seed = session.config.non_policy_distillation, session.config.training.seed
-    pairs = pair_with_modes(session.train, options.modes, options.thinking_prob, seed)
+    pairs = pair_with_modes(session.train[: options.max_prompts], options.modes, options.thinking_prob, seed)
     requests = requests_for(tokenizer, pairs, session.config.data.max_length)
     sampling = Sampling(options.max_new_tokens, options.response_temperature, options.response_top_p, seed=seed)
     total = len(requests) * options.samples_per_prompt

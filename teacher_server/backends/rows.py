@@ -23,7 +23,7 @@ class Row:
         self._most = max(1, min(sampling.max_tokens, max_tokens - len(job.prompt_ids)))
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
-        self._uniforms = uniforms(sampling.seed, sample_index)
+        self._uniforms = uniforms(sampling.seed, job.prompt_ids, sample_index)
         self.budget: ThinkBudget | None = None
         if sampling.max_thinking_tokens and job.tags is not None:
             self.budget = ThinkBudget.after(job.prompt_ids, job.tags, sampling.max_thinking_tokens)

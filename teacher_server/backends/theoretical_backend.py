@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -154,7 +155,9 @@ class TheoreticalBackend:
             stops=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos),
             most=max(1, min(sampling.max_tokens, room)),
             budget=budget,
-            generator=np.random.default_rng(None if sampling.seed is None else [sampling.seed, index]),
+            generator=np.random.default_rng(
+                None if sampling.seed is None else [sampling.seed, zlib.crc32(prompt_ids.tobytes()), index]
+            ),
         )
 
     async def healthy(self) -> bool:

@@ -10,6 +10,7 @@ import gc
 import json
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import torch
 
@@ -191,13 +192,10 @@ def _think_tags(text: HuggingFaceText) -> ThinkTags | None:
     return ThinkTags(*text.think_ids, closing) if closing.count(text.think_ids[1]) == 1 else None
 
 
-def _generation_eos(path: object) -> tuple[int, ...]:
-    from pathlib import Path
-
-    file = Path(str(path))
-    if not file.is_file():
+def _generation_eos(path: Path) -> tuple[int, ...]:
+    if not path.is_file():
         return ()
-    found = json.loads(file.read_text("utf-8")).get("eos_token_id")
+    found = json.loads(path.read_text("utf-8")).get("eos_token_id")
     return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
 
 

@@ -198,6 +198,13 @@ def test_dynamic_and_long_rope_bound_what_may_share_a_batch(saved: Saver) -> Non
     ) == (4096, 1024)  # fmt: skip
 
 
+def test_capped_attention_scores_are_never_left_to_sdpa(saved: Saver) -> None:
+    assert transformers_model.load(saved("gemma2"), BackendOptions(model="x", device="cpu")).attention == "eager"
+    assert transformers_model.load(saved("qwen3"), BackendOptions(model="x", device="cpu")).attention == "sdpa"
+    with pytest.raises(ValueError, match="caps its attention scores"):
+        start(saved("gemma2"), attn_implementation="sdpa")
+
+
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_quantised_models_score_and_generate_close_to_the_original(quantization: str, saved: Saver) -> None:
     pytest.importorskip("bitsandbytes")

@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from protos.scores import Field, ScoreSpec, Sequence
+from teacher_server.backends import readout
+from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.transformers_backend import TransformersBackend
 from tests.teacher_server.backends.helpers import ids_of
 from tests.teacher_server.backends.reference import Reference
@@ -63,9 +66,6 @@ def test_every_field_agrees_with_float64_to_1e_4_whatever_is_batched_together(
 def test_chunks_smaller_than_a_sequence_change_nothing(
     saved: Callable[[str], Path], started: Callable[..., TransformersBackend], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from teacher_server.backends import readout
-    from teacher_server.backends.options import BackendOptions
-
     monkeypatch.setattr(readout, "chunk_rows", lambda *_: 7)
     backend = TransformersBackend(BackendOptions(model=str(saved("qwen3")), device="cpu"))
     reference = Reference(saved("qwen3"), VOCAB)
@@ -103,3 +103,17 @@ def test_a_half_precision_model_gives_positive_tails(started: Callable[..., Tran
     mass = np.exp(scores.top_logprobs.astype(np.float64)).sum(1) + np.exp(scores.tail_logprob[:, 0].astype(np.float64))
     np.testing.assert_allclose(mass, 1, atol=1e-5)
     assert backend.info.dtype == "bfloat16"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "gpt2", "gemma2"])
+def test_a_gpu_agrees_with_float64_too(kind: str, saved: Callable[[str], Path]) -> None:
+    reference = Reference(saved(kind), VOCAB)
+    backend = TransformersBackend(BackendOptions(model=str(saved(kind)), device="cuda", dtype="float32"))
+    burst = mixed_burst(np.random.default_rng(6), 30, 200)
+    try:
+        asyncio.run(backend.start())
+        for (sequence, spec), scores in zip(burst, score_all(backend, burst), strict=True):
+            reference.check(scores, sequence, spec, 1e-4)
+    finally:
+        asyncio.run(backend.close())
