@@ -236,8 +236,8 @@ class Evaluation(Section):
     """Answers that the student writes at the same time."""
     show: Annotated[int, Field(ge=0)] = 2
     """Sample outputs that are shown for each mode."""
-    every_epoch: bool = True
-    """Measure after every epoch, beside the end of each stage."""
+    every_epochs: Annotated[int, Field(ge=0)] = 1
+    """Epochs between two measurements; 0 measures only at the beginning and the end of each stage."""
 
 
 class Teacher(Section):

@@ -82,6 +82,18 @@ class _Indices(Dataset[int]):
         return index
 
 
+class MeasureEveryEpochs(TrainerCallback):  # type: ignore[misc]
+    """Asks for a measurement after every `epochs` epochs; 0 never asks."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks at the end of an epoch whose turn it is."""
+        if self.epochs and round(state.epoch) % self.epochs == 0:
+            control.should_evaluate = True
+
+
 class DistillationTrainer(Trainer):  # type: ignore[misc]
     """See the module. `evaluator` measures the model; `about` is what a model folder's training_config.json says."""
 

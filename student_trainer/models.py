@@ -98,6 +98,8 @@ def load_student(config: Config, source: str | Path | None = None) -> Any:
         raise _explain(error, name) from error
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"the student {name} does not fit the GPU's memory in {config.models.torch_dtype}") from error
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()  # away from the mapped file, whose writer would otherwise change the weights
     return model.train()
 
 

@@ -23,7 +23,7 @@ from . import distributed, reporting
 from .checkpoints import Layout, prepare, read_about
 from .config import Config, NonPolicyDistillation, PolicyDistillation
 from .data import Example
-from .distillation_trainer import DistillationTrainer, Feed
+from .distillation_trainer import DistillationTrainer, Feed, MeasureEveryEpochs
 from .errors import UserError
 from .evaluation import Evaluator, Measurement, Student
 from .models import accept_objective, eos_ids, load_student, load_tokenizer
@@ -106,7 +106,7 @@ def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillatio
         "logging_nan_inf_filter": False,
         "save_steps": training.save_steps,
         "save_total_limit": None,
-        "eval_strategy": "epoch" if config.evaluation.every_epoch else "no",
+        "eval_strategy": "no",
         "report_to": reporting.report_to(training),
         "run_name": layout.stage,
         "seed": training.seed,
@@ -139,7 +139,7 @@ def train(
     on_policy = isinstance(options, PolicyDistillation)
     args = arguments(session.config, options, layout)
     progress = reporting.TrainingProgress(session.reporter, label)
-    callbacks: list[Any] = [progress]
+    callbacks: list[Any] = [progress, MeasureEveryEpochs(session.config.evaluation.every_epochs)]
     if session.config.training.use_tensorboard and distributed.is_main():
         callbacks.append(reporting.tensorboard(layout.root / "runs"))
 

@@ -1,7 +1,7 @@
 """Write the task as instruction data: `python -m tiny_pair.dataset`.
 
-Training problems and held-out problems, each a JSON list of `{"instruction", "input", "output"}`; the output is the right
-final answer. Knows the task; knows no model.
+Training problems and held-out problems, each a JSON list of `{"instruction", "input", "output"}`; the output is the
+right final answer. Knows the task; knows no model.
 """
 
 import argparse

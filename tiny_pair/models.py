@@ -1,4 +1,4 @@
-"""The architectures of the pair: genuine Qwen3, small. Knows sizes; knows neither the task nor how models are trained."""
+"""The architectures of the pair: genuine Qwen3, small. Knows sizes; knows neither the task nor training."""
 
 from typing import Any
 

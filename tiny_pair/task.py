@@ -1,7 +1,7 @@
 """The task of the embedded pair: chains of sums and differences, solved step by step or at once.
 
 Knows how problems are drawn, how their thinking reads, which of them are held out, and when an answer is right.
-Knows no tokenizer, no chat template and no model; it is pure Python, and the same seed gives the same problems everywhere.
+Knows no tokenizer, no chat template and no model; pure Python, and the same seed gives the same problems everywhere.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """The tokenizer of the embedded pair: Qwen3's manners over a vocabulary of about three hundred tokens.
 
-Byte-level BPE (any text can be encoded), digits one by one, Qwen3's ChatML tokens and a chat template that acts as Qwen3's
-does: `enable_thinking=False` writes an empty think block for the model, anything else leaves the block to the model.
+Byte-level BPE (any text can be encoded), digits one by one, Qwen3's ChatML tokens and a chat template that acts as
+Qwen3's does: `enable_thinking=False` writes an empty think block for the model, anything else leaves it to the model.
 Knows the names of the tokens; knows no task beyond the few words that it keeps whole, and no model.
 """
 

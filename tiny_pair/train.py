@@ -1,7 +1,7 @@
 """Train the pair from scratch: `python -m tiny_pair.train teacher|student_base`.
 
-Knows the corpora, the architectures and how to evaluate; writes a model folder and, beside it, a training log of one JSON
-object a line. Distillation happens elsewhere: nothing here looks from one model at the other.
+Knows the corpora, the architectures and how to evaluate; writes a model folder and, beside it, a training log of one
+JSON object a line. Distillation happens elsewhere: nothing here looks from one model at the other.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from tiny_pair.tokenizer import save_tokenizer
 
 SEQUENCE_LENGTH = 64
 DEFAULTS: dict[str, dict[str, float]] = {
-    "teacher": {"steps": 4000, "batch_size": 512, "learning_rate": 2e-3, "documents": 500_000},
-    "student_base": {"steps": 1500, "batch_size": 256, "learning_rate": 3e-3, "documents": 200_000},
+    "teacher": {"steps": 1100, "batch_size": 512, "learning_rate": 2e-3, "documents": 300_000},
+    "student_base": {"steps": 2500, "batch_size": 256, "learning_rate": 3e-3, "documents": 200_000},
 }
 WARMUP_SHARE, FINAL_SHARE = 0.05, 0.02
 """The share of the steps that warm up, and the share of the peak learning rate at the end."""
@@ -44,9 +44,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--documents", type=int, help="documents drawn once, then visited at random")
-    parser.add_argument("--max-seconds", type=float, default=math.inf, help="end earlier, the schedule shortened to fit")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="end earlier, on a shorter schedule")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--evaluate-every", type=int, default=500)
+    parser.add_argument("--evaluate-every", type=int, default=250)
     options = parser.parse_args(arguments)
     options.out = options.out or Path(__file__).parent / options.role
     for name, value in DEFAULTS[options.role].items():
@@ -82,7 +82,7 @@ def encode_documents(documents: Iterator[Document], count: int, tokenizer: Any) 
 
 
 def next_token_loss(model: Any, ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> torch.Tensor:
-    """The mean cross-entropy, in nats a token, of the tokens in the mask; padding stands right, so causality hides it."""
+    """The mean cross-entropy, in nats a token, of the tokens in the mask; causality hides the padding."""
     with torch.autocast(ids_BL.device.type, torch.bfloat16, enabled=ids_BL.device.type == "cuda"):
         logits_BLV = model(input_ids=ids_BL, use_cache=False).logits[:, :-1]
     chosen = mask_BL[:, 1:]
@@ -97,7 +97,10 @@ def round_to_bfloat16(model: Any) -> None:
 
 
 def train(options: argparse.Namespace) -> dict[str, Any]:
-    """Train one model as the options say, save it with its tokenizer, and return the last record of its log."""
+    """Train one model as the options say, save it with its tokenizer, and return the last record of its log.
+
+    The whole pool of documents lives on the device; weights are rounded to bfloat16 before the last evaluation.
+    """
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(options.seed)
     save_tokenizer(options.out)

@@ -60,10 +60,11 @@ def _on_gpu(weight: Tensor, bias: Tensor | None, vocab_size: int) -> HeadFn:
     """The whole padded weight, cut afterwards: 151,669 rows are not aligned and take 6 times as long as 151,936."""
 
     def head(rows: Tensor) -> Tensor:
+        rows = rows.to(weight)  # the last layer may be on another GPU
         if weight.dtype == torch.float32:
-            logits = rows.float() @ weight.t()
+            logits = rows @ weight.t()
         else:
-            logits = torch.mm(rows.to(weight.dtype), weight.t(), out_dtype=torch.float32)
+            logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
         return (logits if bias is None else logits.add_(bias))[:, :vocab_size]
 
     return head

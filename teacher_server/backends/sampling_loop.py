@@ -173,6 +173,7 @@ class SamplingLoop:
 
     def _draw(self, rows: list[Row], logits: Tensor, outbox: Outbox, *, batch: bool = False) -> Tensor:
         """Draws a token for each row, records it, and queues what its caller should see; int64[B]."""
+        logits = logits.to(self._device)
         fixed = self._parameters if batch else None
         if fixed is None:
             fixed = _parameters(rows, self._device)

@@ -82,6 +82,9 @@ def load(folder: Path, options: BackendOptions) -> LoadedModel:
         del arguments["attn_implementation"]
         model = _from_pretrained(folder, options, arguments)
     model.eval().requires_grad_(False)
+    if device.type == "cpu":
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # a mapped file that is written over would change the fingerprint's model
     longest, boundary = _lengths(config)
     return LoadedModel(
         model=model,

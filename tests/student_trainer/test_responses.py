@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
@@ -130,7 +131,7 @@ def test_what_is_no_dataset_ends_in_one_line(client: TeacherClient, tmp_path: Pa
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(UserError, match="no Parquet file"):
         reuse(tmp_path / "text.parquet", info)
-    pq.write_table(pq.pa.table({"a": [1]}), tmp_path / "other.parquet")
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "other.parquet")
     with pytest.raises(UserError, match="lacks"):
         reuse(tmp_path / "other.parquet", info)
     (tmp_path / "empty").mkdir()

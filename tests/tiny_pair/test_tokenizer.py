@@ -75,8 +75,7 @@ def test_the_template_renders_system_turns_and_drops_old_thinking(tokenizer: Any
     first = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}, old]
     kept = tokenizer.apply_chat_template(first, tokenize=False)
     assert kept == (
-        "<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n"
-        f"<|im_start|>assistant\n{block}y<|im_end|>\n"
+        f"<|im_start|>system\ns<|im_end|>\n<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n{block}y<|im_end|>\n"
     )
     dropped = tokenizer.apply_chat_template([*first, new], tokenize=False)
     assert dropped == kept.replace(block, "") + "<|im_start|>user\nb<|im_end|>\n"
@@ -84,7 +83,9 @@ def test_the_template_renders_system_turns_and_drops_old_thinking(tokenizer: Any
 
 def test_completions_fit_the_documented_lengths(tokenizer: Any) -> None:
     for thinking, longest in ((True, 48), (False, 8)):
-        texts = [render_completion(p.thinking, p.answer, thinking=thinking) for p in distinct_problems(500, 0, held_out=True)]
+        texts = [
+            render_completion(p.thinking, p.answer, thinking=thinking) for p in distinct_problems(500, 0, held_out=True)
+        ]
         assert max(len(ids) for ids in tokenizer(texts)["input_ids"]) <= longest
 
 

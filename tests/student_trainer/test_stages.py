@@ -1,0 +1,306 @@
+"""Both stages against a real teacher: layout, what is asked for, going on after an interruption, errors on the way."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from student_trainer import score_store
+from student_trainer.config import Config
+from student_trainer.errors import UserError, explain
+from student_trainer.run import run
+from tests.servers import ROOT
+from tests.student_trainer.conftest import STUDENT
+
+Run = Callable[..., str]
+
+
+def settings(folder: Path, endpoint: str, **sections: dict[str, Any]) -> Config:
+    """A run of a few steps below `folder`; `sections` win over what is here."""
+    values: dict[str, dict[str, Any]] = {
+        "models": {"student_model": str(STUDENT), "torch_dtype": "float32", "load_in_4bit": False},
+        "data": {
+            "data_path": str(ROOT / "dataset" / "arithmetic.json"),
+            "val_path": str(ROOT / "dataset" / "arithmetic_heldout.json"),
+            "max_length": 96,
+            "max_examples": 16,
+        },
+        "training": {
+            "output_dir": str(folder / "outputs"),
+            "log_file": str(folder / "distillation.log"),
+            "logging_steps": 1,
+            "save_steps": 2,
+            "save_total_limit": None,
+            "use_tensorboard": False,
+        },
+        "non_policy_distillation": {
+            "num_epochs": 2,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "top_k": 8,
+            "max_new_tokens": 24,
+        },
+        "policy_distillation": {
+            "num_epochs": 2,
+            "batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-3,
+            "top_k": 8,
+            "max_new_tokens": 12,
+        },
+        "evaluation": {"verifier": "final_answer", "problems": 4, "max_new_tokens": 24, "show": 1},
+        "teacher": {"endpoint": endpoint, "patience_s": 5},
+    }
+    for name, section in sections.items():
+        values[name] = values[name] | section
+    return Config.model_validate(values)
+
+
+@pytest.fixture
+def go(pair_teacher: dict[str, Any], tmp_path: Path) -> Run:
+    """Runs a stage below tmp_path and gives what the console showed."""
+
+    def start(stage: str = "all", student: Path | None = None, **sections: dict[str, Any]) -> str:
+        shown = io.StringIO()
+        config = settings(tmp_path, pair_teacher["grpc"], **sections)
+        run(config, stage, student, Console(file=shown, width=200))
+        return shown.getvalue()
+
+    return start
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float = 1e-6) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert float((tensor - second[name]).abs().max()) <= tolerance, name
+
+
+def test_both_stages_leave_the_documented_folders(go: Run, tmp_path: Path) -> None:
+    shown = go(training={"use_tensorboard": True})
+    for row in ("teacher", "student before", "after stage 1", "after stage 2"):
+        assert row in shown
+    outputs = tmp_path / "outputs"
+    first, second = outputs / "non_policy_distillation", outputs / "policy_distillation"
+    folders = [first / n for n in ("best_model", "final_model", "checkpoint-2", "checkpoint-8")]
+    folders += [second / n for n in ("best_policy_model", "final_policy_model", "policy_checkpoint-4")]
+    for folder in folders:
+        for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"):
+            assert (folder / name).is_file(), folder / name
+        assert (folder / "generation_config.json").is_file()
+        about = json.loads((folder / "training_config.json").read_text())
+        assert about["config"]["policy_distillation"]["top_k"] == 8
+        assert about["teacher"]["fingerprint"]
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+        assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert not list(outputs.rglob(".staging"))
+    assert list((first / "runs").glob("events*"))
+    assert (first / "responses.parquet" / "part-00000.parquet").is_file()
+    rows = json.loads((outputs / "summary.json").read_text())["rows"]
+    assert [r["model"] for r in rows] == ["teacher", "student before", "after stage 1", "after stage 2"]
+    assert all(key in rows[3] for key in ("accuracy_thinking", "accuracy_non_thinking", "forward_kl", "reverse_kl"))
+    assert rows[2]["forward_kl"] < rows[1]["forward_kl"]
+    assert (outputs / "summary.md").read_text().startswith("| model |")
+    log = (tmp_path / "distillation.log").read_text()
+    assert "stage 1, off-policy step 1/8: loss" in log
+    assert "stage 2, on-policy step 4/4: loss" in log
+
+
+def test_an_epoch_asks_the_teacher_only_for_what_no_epoch_before_asked(
+    go: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stores: list[score_store.ScoreStore] = []
+    opened = score_store.ScoreStore.__init__
+
+    def remember(self: score_store.ScoreStore, *arguments: Any, **options: Any) -> None:
+        opened(self, *arguments, **options)
+        stores.append(self)
+
+    monkeypatch.setattr(score_store.ScoreStore, "__init__", remember)
+    go("non_policy", non_policy_distillation={"num_epochs": 3})
+    assert [store.asked for store in stores] == [8, 32], "the held-out answers once, the responses once"
+
+
+@pytest.mark.parametrize("stage", ["non_policy", "policy"])
+def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
+    go: Run, tmp_path: Path, stage: str
+) -> None:
+    name = {"non_policy": "non_policy_distillation", "policy": "policy_distillation"}[stage]
+    final = {"non_policy": "final_model", "policy": "final_policy_model"}[stage]
+    prefix = {"non_policy": "checkpoint", "policy": "policy_checkpoint"}[stage]
+    steps = {"save_steps": 3}
+    go(stage, training=steps, policy_distillation={"num_epochs": 4})
+    folder = tmp_path / "outputs" / name
+    shutil.copytree(folder, tmp_path / "whole")
+    for path in folder.iterdir():
+        if path.name not in (f"{prefix}-3", "responses.parquet"):
+            shutil.rmtree(path)
+    shown = go(stage, training=steps | {"resume": True}, policy_distillation={"num_epochs": 4})
+    assert f"going on from {folder / f'{prefix}-3'}" in shown
+    assert "step 3/8" not in shown
+    assert "step 4/8" in shown
+    assert_same_weights(folder / final, tmp_path / "whole" / final)
+    again = go(stage, training=steps | {"resume": True}, policy_distillation={"num_epochs": 4})
+    assert "is finished, going on after it" in again
+
+
+def test_a_fresh_run_moves_the_old_folder_aside_and_says_so(go: Run, tmp_path: Path) -> None:
+    options = {"max_steps": 1}
+    go("policy", policy_distillation=options)
+    shown = go("policy", policy_distillation=options)
+    assert "moved it to" in shown
+    assert (tmp_path / "outputs" / "policy_distillation.1" / "final_policy_model").is_dir()
+
+
+@pytest.mark.slow
+def test_any_folder_of_a_run_can_be_started_from(go: Run, tmp_path: Path) -> None:
+    go("non_policy", non_policy_distillation={"max_steps": 2})
+    folder = tmp_path / "outputs" / "non_policy_distillation"
+    for name in ("best_model", "final_model", "checkpoint-2"):
+        shown = go("policy", folder / name, policy_distillation={"max_steps": 1})
+        assert f"student {folder / name}" in shown.replace("\n", "")
+    assert "stage 1's best model" in go("policy", policy_distillation={"max_steps": 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss": "forward_kl"},
+        {"loss": "jsd", "t_squared": True},
+        {"loss": "policy_gradient"},
+        {"loss": "policy_gradient", "sampling_temperature": 1.0},
+        {"support": "student"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_every_loss_of_stage_2_trains(go: Run, tmp_path: Path, options: dict[str, Any]) -> None:
+    go("policy", policy_distillation={"max_steps": 2, **options})
+    final = tmp_path / "outputs" / "policy_distillation" / "final_policy_model"
+    start, end = weights(STUDENT), weights(final)
+    assert any(not torch.equal(end[name], start[name]) for name in start)
+    assert all(torch.isfinite(t).all() for t in end.values())
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0.0, "beta": 1.0}, {"loss": "jsd", "modes": "mixed"}])
+def test_stage_1_trains_in_its_other_ways(go: Run, tmp_path: Path, options: dict[str, Any]) -> None:
+    go("non_policy", non_policy_distillation={"max_steps": 2, **options})
+    assert (tmp_path / "outputs" / "non_policy_distillation" / "final_model").is_dir()
+
+
+def test_responses_of_an_earlier_run_are_reused(go: Run, tmp_path: Path) -> None:
+    go("non_policy", non_policy_distillation={"max_steps": 1})
+    path = tmp_path / "outputs" / "non_policy_distillation" / "responses.parquet"
+    kept = tmp_path / "kept.parquet"
+    path.rename(kept)
+    shown = go("non_policy", non_policy_distillation={"max_steps": 1, "dataset_path": str(kept)})
+    assert "asked the teacher for" not in shown
+    assert "32 responses of the teacher" in shown
+    assert not path.exists()
+
+
+def test_without_held_out_problems_the_last_model_is_the_best(go: Run, tmp_path: Path) -> None:
+    shown = go("policy", data={"val_path": None, "val_ratio": 0.0}, policy_distillation={"max_steps": 1})
+    assert "nothing is held out" in shown
+    folder = tmp_path / "outputs" / "policy_distillation"
+    assert_same_weights(folder / "best_policy_model", folder / "final_policy_model", 0.0)
+
+
+def test_an_unknown_training_argument_is_refused_with_the_nearest(go: Run) -> None:
+    with pytest.raises(UserError, match="did you mean adam_beta1"):
+        go("policy", training={"extra": {"adam_beta_1": 0.8}})
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(
+    go: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(STUDENT, broken)
+    tensors = weights(broken)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], float("nan"))
+    model = AutoModelForCausalLM.from_pretrained(STUDENT)
+    model.load_state_dict(tensors, strict=False)
+    model.save_pretrained(broken)
+    with pytest.raises(UserError, match=r"the loss of step 1 is not finite, in the batch of \w+ \((non_)?thinking\)"):
+        go("non_policy", broken, data={"val_path": None, "val_ratio": 0.0})
+    assert not list((tmp_path / "outputs" / "non_policy_distillation").glob("checkpoint-*"))
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(
+    go: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, 0
+
+    def full(*arguments: Any, **options: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 4:
+            raise OSError(28, "No space left on device", str(arguments[1]))
+        save(*arguments, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        go("policy", policy_distillation={"num_epochs": 4}, training={"save_steps": 1})
+    line = explain(caught.value)
+    assert line is not None
+    assert "the disk is full" in line
+    assert "--resume" in line
+    folder = tmp_path / "outputs" / "policy_distillation"
+    assert [p.name for p in folder.glob("policy_checkpoint-*")] == ["policy_checkpoint-1"]
+    assert not (folder / ".staging").exists()
+    monkeypatch.setattr(torch, "save", save)
+    assert "step 2/8" in go("policy", policy_distillation={"num_epochs": 4}, training={"resume": True})
+
+
+def test_a_checkpoint_of_another_teacher_is_not_continued(go: Run, tmp_path: Path) -> None:
+    go("policy", policy_distillation={"max_steps": 2})
+    about = tmp_path / "outputs" / "policy_distillation" / "policy_checkpoint-2" / "training_config.json"
+    value = json.loads(about.read_text())
+    value["teacher"]["fingerprint"] = "other"
+    about.write_text(json.dumps(value))
+    shutil.rmtree(about.parent.parent / "final_policy_model")
+    with pytest.raises(UserError, match="trained with teacher other"):
+        go("policy", policy_distillation={"max_steps": 2}, training={"resume": True})
+
+
+def test_the_test_stage_shows_answers_of_both_models(go: Run) -> None:
+    shown = go("test")
+    assert "the teacher scored" in shown
+    for who in ("student", "teacher"):
+        for mode in ("thinking", "non_thinking"):
+            assert f"{who}, {mode}: " in shown
+
+
+def test_stage_1_gives_the_same_weights_however_its_batch_is_split(
+    go: Run, tmp_path: Path
+) -> None:
+    """Plain SGD without clipping, so that the weights show the gradient's scale itself."""
+    extra = {"optim": "sgd"}
+    common = {"max_grad_norm": 0.0, "extra": extra, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    found = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        stage = {"batch_size": batch, "gradient_accumulation_steps": accumulation, "max_steps": 2, "learning_rate": 0.1}
+        go("non_policy", training=common, non_policy_distillation=stage)
+        folder = tmp_path / f"split-{batch}"
+        shutil.copytree(tmp_path / "outputs" / "non_policy_distillation" / "final_model", folder)
+        found.append(folder)
+    assert_same_weights(found[0], found[1])
+    moved = max(float((weights(found[0])[n] - t).abs().max()) for n, t in weights(STUDENT).items())
+    assert moved > 1e-3
+    assert np.isfinite(moved)
