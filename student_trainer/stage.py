@@ -114,12 +114,15 @@ def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillatio
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
+        # Without this, accelerate takes several processes without GPUs for independent ones.
+        "use_cpu": distributed.world() > 1 and not torch.cuda.is_available(),
         checkpointing: training.gradient_checkpointing,
     }
     try:
         args = TrainingArguments(**{**values, **training.extra})
     except (ValueError, TypeError) as error:
         raise UserError(str(error), "training", "mend the training section") from error
+    assert args.world_size == distributed.world(), "the Trainer sees another number of processes than torchrun started"
     if args.n_gpu > 1:
         args._n_gpu = 1
     return args

@@ -39,7 +39,9 @@ def port_or_free(port: int) -> int:
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, int]]:
     """The README's server command; yields which port stands for which of the README's."""
-    commands = [line for block in blocks("bash") for line in block.splitlines() if "-m teacher_server --model tiny_pair" in line]
+    commands = [
+        line for block in blocks("bash") for line in block.splitlines() if "-m teacher_server --model tiny_pair" in line
+    ]
     assert len(commands) == 1
     ports = {GRPC_PORT: port_or_free(GRPC_PORT), HTTP_PORT: port_or_free(HTTP_PORT)}
     folder = tmp_path_factory.mktemp("readme")

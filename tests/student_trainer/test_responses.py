@@ -139,9 +139,7 @@ def test_what_is_no_dataset_ends_in_one_line(client: TeacherClient, tmp_path: Pa
         reuse(tmp_path / "empty", info)
 
 
-def test_long_and_empty_responses_are_left_out(
-    client: TeacherClient, requests: list[Request], tmp_path: Path
-) -> None:
+def test_long_and_empty_responses_are_left_out(client: TeacherClient, requests: list[Request], tmp_path: Path) -> None:
     found = collect(client, client.teacher(), requests, SAMPLING, tmp_path / "r")
     limit = sorted(r.tokens for r in found)[5]
     kept, left_out = fitting(found, limit)

@@ -87,9 +87,7 @@ def test_log_probabilities_are_those_of_the_model_at_the_temperature(
         np.testing.assert_allclose(rollout.logprobs, expected.numpy(), atol=2e-4)
 
 
-def test_a_models_own_sampling_settings_change_nothing(
-    model: Any, prompts: list[Ids], options: dict[str, Any]
-) -> None:
+def test_a_models_own_sampling_settings_change_nothing(model: Any, prompts: list[Ids], options: dict[str, Any]) -> None:
     plain = sample(model, prompts, max_new_tokens=8, temperature=1.0, seed=4, **options)
     kept = model.generation_config
     try:
@@ -116,9 +114,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(model: Any, prompts: list[Ids
     assert [r.prompt_ids.tolist() for r in sorted_] == [p.tolist() for p in prompts]
 
 
-def test_prompt_and_completion_stay_within_max_length(
-    model: Any, prompts: list[Ids], options: dict[str, Any]
-) -> None:
+def test_prompt_and_completion_stay_within_max_length(model: Any, prompts: list[Ids], options: dict[str, Any]) -> None:
     limit = max(len(p) for p in prompts) + 2
     rollouts = sample(model, prompts, max_new_tokens=50, temperature=5.0, max_length=limit, seed=6, **options)
     assert max(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts) <= limit

@@ -287,9 +287,7 @@ def test_the_test_stage_shows_answers_of_both_models(go: Run) -> None:
             assert f"{who}, {mode}: " in shown
 
 
-def test_stage_1_gives_the_same_weights_however_its_batch_is_split(
-    go: Run, tmp_path: Path
-) -> None:
+def test_stage_1_gives_the_same_weights_however_its_batch_is_split(go: Run, tmp_path: Path) -> None:
     """Plain SGD without clipping, so that the weights show the gradient's scale itself."""
     extra = {"optim": "sgd"}
     common = {"max_grad_norm": 0.0, "extra": extra, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
