@@ -27,8 +27,10 @@ help:
 	$(PY) -m pip install --quiet -e '.[server,trainer,dev]'
 	@touch $@ .venv/demo.stamp
 
+# One thread each for the trainer and the teacher that it starts: the models are tiny, and two pools of threads that share
+# two cores wait for each other more than they gain.
 demo: .venv/demo.stamp
-	$(PY) main_distillation.py --config config/demo.yaml --stage all
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) main_distillation.py --config config/demo.yaml --stage all
 
 test: .venv/dev.stamp
 	$(PY) -m pytest

@@ -62,6 +62,7 @@ def one_seed(work: Path, seed: int) -> dict[str, dict[str, Any]]:
             f"non_policy_distillation.dataset_path={first / 'responses.parquet'}",
             f"non_policy_distillation.max_steps={policy['max_steps']}",
             f"non_policy_distillation.batch_size={policy['batch_size']}",
+            f"non_policy_distillation.gradient_accumulation_steps={policy['gradient_accumulation_steps']}",
             f"non_policy_distillation.learning_rate={rate}",
         )
         rows[f"{policy['max_steps']} further off-policy steps, rate {rate:g}"] = further["after stage 1"]

@@ -128,6 +128,26 @@ def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillatio
     return args
 
 
+def warn_of_rounding(model: Any, learning_rate: float) -> None:
+    """Says so where most updates are smaller than what the weights' own data type can hold.
+
+    AdamW moves a weight by about the learning rate a step; a weight w of a type with epsilon e changes only by more
+    than e |w| / 2.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim == 2]
+    dtype = weights[0].dtype if weights else torch.float32
+    if dtype in (torch.bfloat16, torch.float16) and distributed.is_main():
+        typical = float(weights[-1].detach()[:256].float().abs().mean())
+        if learning_rate < torch.finfo(dtype).eps * typical / 2:
+            log.warning(
+                "the student is trained in %s: at a learning rate of %.0e most updates of its weights (typically %.0e) "
+                "are rounded away; set models.torch_dtype=float32 and training.extra={bf16: true}, or raise the rate",
+                str(dtype).removeprefix("torch."),
+                learning_rate,
+                typical,
+            )
+
+
 def train(
     session: Session,
     layout: Layout,
@@ -141,6 +161,7 @@ def train(
     """Trains to the end, writes best and final model, and gives what was measured on the best one."""
     on_policy = isinstance(options, PolicyDistillation)
     args = arguments(session.config, options, layout)
+    warn_of_rounding(student.model, options.learning_rate)
     progress = reporting.TrainingProgress(session.reporter, label)
     callbacks: list[Any] = [progress, MeasureEveryEpochs(session.config.evaluation.every_epochs)]
     if session.config.training.use_tensorboard and distributed.is_main():

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from student_trainer.config import Config
 from student_trainer.errors import UserError
 from student_trainer.models import describe, eos_ids, load_student, load_tokenizer, resolve_attention, resolve_dtype
+from student_trainer.stage import warn_of_rounding
 from tests.student_trainer.conftest import STUDENT
 
 
@@ -67,3 +68,15 @@ def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path) -> None:
     (tmp_path / "student" / "chat_template.jinja").unlink()
     with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(config(), tmp_path / "student")
+
+
+def test_a_rate_that_bfloat16_rounds_away_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(64, 64)
+    torch.nn.init.normal_(model.weight, std=0.02)
+    warn_of_rounding(model, 1e-5)
+    assert not caplog.records
+    warn_of_rounding(model.to(torch.bfloat16), 1e-5)
+    assert "rounded away" in caplog.text
+    caplog.clear()
+    warn_of_rounding(model, 1e-3)
+    assert not caplog.records
