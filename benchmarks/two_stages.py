@@ -98,7 +98,7 @@ def page(seeds: list[int], tables: list[dict[str, dict[str, Any]]]) -> str:
         kl = [f"{statistics.mean(r[key] for r in rows):.3f}" for key in ("forward_kl", "reverse_kl")]
         accuracy = [cell([r[f"accuracy_{mode}"] for r in rows]) for mode in ("thinking", "non_thinking")]
         lines.append(f"| {name} | {accuracy[0]} | {accuracy[1]} | {kl[0]} | {kl[1]} |")
-    notes = ROOT / "docs" / "results_notes.md"
+    notes = ROOT / "benchmarks" / "two_stages_notes.md"
     return "\n".join(lines) + "\n\n" + (notes.read_text() if notes.exists() else "")
 
 
