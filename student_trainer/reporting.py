@@ -191,6 +191,14 @@ def report_to(training: Training) -> list[str]:
     return ["wandb"]
 
 
+def finish_reports(training: Training) -> None:
+    """Ends the run that W&B has open, so that the next stage, whose steps begin at 0 again, is a run of its own."""
+    if training.use_wandb:
+        import wandb
+
+        wandb.finish()
+
+
 COLUMNS: Sequence[tuple[str, str, str]] = (
     ("accuracy_thinking", "accuracy thinking", "{:.1%}"),
     ("accuracy_non_thinking", "accuracy non-thinking", "{:.1%}"),

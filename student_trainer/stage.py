@@ -202,6 +202,7 @@ def train(
     if distributed.on_main(lambda: not layout.best_model.is_dir()):
         trainer.save_to(layout.best_model, last)
     trainer.save_to(layout.final_model, last)
+    reporting.finish_reports(session.config.training)
     distributed.barrier()
     return dict(read_about(layout.best_model).get("measured", {}))
 
