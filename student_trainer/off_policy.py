@@ -66,7 +66,8 @@ def teacher_responses(session: Session, layout: Layout, tokenizer: Any) -> list[
         log.warning(
             "left out %d responses that are empty or longer than data.max_length = %d tokens", left_out, max_length
         )
-    return kept
+    # The parts hold them as they arrived, which is a matter of timing; equal seeds must train in an equal order.
+    return sorted(kept, key=lambda r: (r.example_id, r.mode.value, r.sample))
 
 
 def ask(session: Session, path: Path, tokenizer: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from rich.console import Console
@@ -302,3 +303,18 @@ def test_stage_1_gives_the_same_weights_however_its_batch_is_split(go: Run, tmp_
     moved = max(float((weights(found[0])[n] - t).abs().max()) for n, t in weights(STUDENT).items())
     assert moved > 1e-3
     assert np.isfinite(moved)
+
+
+def test_the_order_in_which_responses_arrived_changes_nothing(go: Run, tmp_path: Path) -> None:
+    go("non_policy")
+    first = tmp_path / "outputs" / "non_policy_distillation"
+    (part,) = sorted((first / "responses.parquet").glob("*.parquet"))
+    table = parquet.read_table(part)
+    other = tmp_path / "reversed.parquet"
+    parquet.write_table(table.take(list(range(len(table)))[::-1]), other)
+    go(
+        "non_policy",
+        training={"output_dir": str(tmp_path / "two")},
+        non_policy_distillation={"dataset_path": str(other)},
+    )
+    assert_same_weights(first / "final_model", tmp_path / "two" / "non_policy_distillation" / "final_model", 0.0)
