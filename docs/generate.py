@@ -6,6 +6,7 @@ the error table, the HTTP routes and the metrics. It knows pages, not how anythi
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -47,8 +48,6 @@ def table_of(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def help_text(command: list[str]) -> str:
     """What `command --help` prints at a width of 100 columns."""
-    import os
-
     env = {**os.environ, "COLUMNS": "100"}
     run = subprocess.run(
         [sys.executable, *command, "--help"], cwd=ROOT, env=env, capture_output=True, text=True, check=True

@@ -6,6 +6,7 @@ It imports no engine and no web framework, so that `--help` answers at once; `se
 from __future__ import annotations
 
 import ipaddress
+from dataclasses import fields
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -76,21 +77,8 @@ class ServerConfig(BaseModel):
 
     def backend_options(self) -> BackendOptions:
         """The engine's share of the settings."""
-        chosen = {
-            name: getattr(self, name)
-            for name in (
-                "model",
-                "name",
-                "backend",
-                "dtype",
-                "quantization",
-                "device",
-                "attn_implementation",
-                "trust_remote_code",
-                "max_sequence_tokens",
-                "batch_tokens",
-            )
-        }
+        shared = [field.name for field in fields(BackendOptions) if field.name in type(self).model_fields]
+        chosen = {name: getattr(self, name) for name in shared}
         return BackendOptions(**{name: value for name, value in chosen.items() if value is not None})
 
 

@@ -16,6 +16,7 @@ from protos.scores import (
     FinishReason,
     Floats,
     Ids,
+    Limits,
     Message,
     Mode,
     Sampling,
@@ -24,6 +25,7 @@ from protos.scores import (
     Sequence,
     TeacherInfo,
 )
+from teacher_server.backends.options import BackendOptions
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,18 @@ class Piece:
     token_ids: Ids
     logprobs: Floats | None = None
     finish_reason: FinishReason | None = None
+
+
+def limits(options: BackendOptions, vocab_size: int, longest: int) -> Limits:
+    """What a model of that vocabulary and of at most `longest` tokens accepts; any one sequence fits a call."""
+    return Limits(
+        sequence_tokens=longest,
+        top_k=min(options.max_top_k, vocab_size),
+        candidates=min(options.max_candidates, vocab_size),
+        request_tokens=max(options.max_request_tokens, longest),
+        sequences=options.max_sequences,
+        temperatures=options.max_temperatures,
+    )
 
 
 class TextCodec(Protocol):

@@ -18,7 +18,7 @@ class BackendOptions:
 
     `model` is a folder or a hub id, `name` what GetTeacher calls it ("" is `model`). `dtype` "auto" is the
     checkpoint's own on a GPU and float32 on a CPU. `batch_tokens` bounds the tokens of one scoring step and, times
-    four, the tokens whose keys and values generation may keep. `engine_arguments` go to vLLM as they are.
+    four, the tokens whose keys and values generation may keep.
     """
 
     model: str
@@ -36,7 +36,6 @@ class BackendOptions:
     max_request_tokens: int = 262_144
     max_sequences: int = 4096
     max_temperatures: int = 8
-    engine_arguments: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.model:

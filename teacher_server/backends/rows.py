@@ -7,7 +7,7 @@ import numpy as np
 from protos.scores import FinishReason, Ids
 from teacher_server.backends.base import Piece
 from teacher_server.backends.jobs import GenerateJob
-from teacher_server.backends.sampling import uniforms
+from teacher_server.backends.randomness import uniforms
 from teacher_server.backends.thinking import ThinkBudget
 
 

@@ -6,15 +6,10 @@ Knows logits and numbers, no model and no request. Sampling is by inverse distri
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from protos.scores import Ids
 
 _BYTES = 2**28
 
@@ -31,17 +26,6 @@ class Draw:
     top_p: Tensor
     top_k: Tensor
     forced: Tensor
-
-
-def uniforms(seed: int | None, prompt_ids: Ids, sample_index: int) -> Iterator[float]:
-    """Endless numbers in [0, 1): of (seed, prompt int32[P], sample) alone, or fresh ones without a seed.
-
-    The prompt is part of it, so that prompts of one call do not share their luck.
-    """
-    entropy = None if seed is None else [seed, zlib.crc32(prompt_ids.tobytes()), sample_index]
-    generator = np.random.Generator(np.random.PCG64(entropy))
-    while True:
-        yield from generator.random(64).tolist()
 
 
 def sample(logits_BV: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from protos.errors import TeacherFailed, Unavailable
-from protos.scores import Field, FinishReason, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
-from teacher_server.backends.base import Piece
+from protos.scores import Field, FinishReason, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
+from teacher_server.backends.base import Piece, limits
 from teacher_server.backends.byte_text import ByteText
 from teacher_server.backends.options import BackendOptions
+from teacher_server.backends.randomness import generator
 from teacher_server.backends.theory import Array, Ring
 from teacher_server.backends.thinking import CLOSING_TEXT, ThinkBudget, ThinkTags
 
@@ -86,14 +86,7 @@ class TheoreticalBackend:
             vocab_size=text.vocab_size,
             normalized_size=text.vocab_size,
             eos_token_ids=text.eos_token_ids,
-            limits=Limits(
-                sequence_tokens=longest,
-                top_k=min(options.max_top_k, text.vocab_size),
-                candidates=min(options.max_candidates, text.vocab_size),
-                request_tokens=max(options.max_request_tokens, longest),
-                sequences=options.max_sequences,
-                temperatures=options.max_temperatures,
-            ),
+            limits=limits(options, text.vocab_size, longest),
             modes=text.modes,
             fields=frozenset(Field),
             can_generate=True,
@@ -155,9 +148,7 @@ class TheoreticalBackend:
             stops=frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos),
             most=max(1, min(sampling.max_tokens, room)),
             budget=budget,
-            generator=np.random.default_rng(
-                None if sampling.seed is None else [sampling.seed, zlib.crc32(prompt_ids.tobytes()), index]
-            ),
+            generator=generator(sampling.seed, prompt_ids, index),
         )
 
     async def healthy(self) -> bool:

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from protos.errors import TeacherError, Unavailable, Unsupported
-from protos.scores import Field, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
+from protos.scores import Field, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import features as features_module
 from teacher_server.backends import model_files, transformers_model
-from teacher_server.backends.base import Piece
+from teacher_server.backends.base import Piece, limits
 from teacher_server.backends.jobs import GenerateJob, ScoreJob
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.sampling_loop import SamplingLoop
@@ -121,14 +121,7 @@ class TransformersBackend:
             vocab_size=vocab_size,
             normalized_size=vocab_size,
             eos_token_ids=text.eos_token_ids,
-            limits=Limits(
-                sequence_tokens=longest,
-                top_k=min(options.max_top_k, vocab_size),
-                candidates=min(options.max_candidates, vocab_size),
-                request_tokens=max(options.max_request_tokens, longest),
-                sequences=options.max_sequences,
-                temperatures=options.max_temperatures,
-            ),
+            limits=limits(options, vocab_size, longest),
             modes=text.modes,
             fields=frozenset(Field),
             can_generate=True,

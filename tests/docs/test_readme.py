@@ -3,15 +3,15 @@
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.servers import process
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -44,22 +44,10 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, int]]:
     ]
     assert len(commands) == 1
     ports = {GRPC_PORT: port_or_free(GRPC_PORT), HTTP_PORT: port_or_free(HTTP_PORT)}
-    folder = tmp_path_factory.mktemp("readme")
-    ready, log = folder / "ready.json", folder / "server.log"
-    command = [sys.executable, *commands[0].split()[1:], "--ready-file", str(ready)]
-    command += ["--grpc-port", str(ports[GRPC_PORT]), "--http-port", str(ports[HTTP_PORT])]
-    with log.open("wb") as out:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 120
-        while not ready.exists():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
+    words = [*commands[0].split()[3:], "--grpc-port", str(ports[GRPC_PORT]), "--http-port", str(ports[HTTP_PORT])]
+    with process(tmp_path_factory.mktemp("readme"), *words) as (server, _):
         yield ports
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0, log.read_text()
+    assert server.returncode == 0
 
 
 def as_written(text: str, ports: dict[int, int]) -> str:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,28 +20,14 @@ import numpy as np
 from protos import codec, errors
 from protos import scores as domain
 from protos.teacher.v1 import teacher_pb2_grpc
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.servers import ROOT, process
 
 
 @contextmanager
 def theoretical_teacher(folder: Path, *arguments: str) -> Iterator[dict[str, str]]:
     """A theoretical teacher as its own process; yields {"grpc": "127.0.0.1:1", "http": "http://127.0.0.1:2"}."""
-    ready, log = folder / "ready.json", folder / "server.log"
-    command = [sys.executable, "-m", "teacher_server", "--model", "theoretical", "--backend", "theoretical"]
-    command += ["--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready), *arguments]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out)
-    try:
-        end = time.monotonic() + 60
-        while not ready.exists():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
-        yield json.loads(ready.read_text())
-    finally:
-        process.terminate()
-        process.wait(30)
+    with process(folder, "--model", "theoretical", "--backend", "theoretical", *arguments) as (_, addresses):
+        yield addresses
 
 
 @dataclass

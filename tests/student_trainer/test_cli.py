@@ -16,7 +16,8 @@ from student_trainer import __main__ as cli
 from student_trainer.config import Config
 from student_trainer.errors import UserError, explain
 from student_trainer.settings import to_yaml
-from tests.student_trainer.live import ROOT, environment
+from tests.servers import ROOT
+from tests.student_trainer.live import environment
 
 SCRIPT = str(ROOT / "main_distillation.py")
 
