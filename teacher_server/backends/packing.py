@@ -1,8 +1,12 @@
-"""Which waiting sequences share a batch: similar lengths under a token budget. Knows lengths, no engine."""
+"""Which waiting sequences share a batch, and which of their rows a chunk. Knows lengths, no engine."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Many
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MAX_WASTE = 0.12
 """Largest share of padding in one padded batch, but for FREE_PADDING."""
@@ -47,3 +51,26 @@ def waste(lengths: Many[int], batches: list[list[int]]) -> float:
     """The share of padding in all padded tokens of `batches`."""
     area = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     return 1 - sum(lengths[i] for batch in batches for i in batch) / area if area else 0.0
+
+
+def chunks(
+    ranges: Iterable[tuple[T, int, int]], most: int, dropped: Callable[[T], bool] = lambda _: False
+) -> Iterator[list[tuple[T, int, int]]]:
+    """The rows first..last-1 of each owner, in order, as chunks of exactly `most` rows but for the last.
+
+    A chunk is a list of ranges, too; a range that does not fit goes on in the next chunk. `dropped` is asked when an
+    owner's rows are reached, once a chunk, and leaves out the rest of them.
+    """
+    chunk: list[tuple[T, int, int]] = []
+    room = most
+    for owner, first, end in ranges:
+        while first < end and not dropped(owner):
+            last = min(end, first + room)
+            chunk.append((owner, first, last))
+            room -= last - first
+            first = last
+            if room == 0:
+                yield chunk
+                chunk, room = [], most
+    if chunk:
+        yield chunk

@@ -6,27 +6,20 @@ that were asked for. Knows no queue and no forward pass. Legend: R rows, H hidde
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from protos.scores import TAIL_FLOOR, Field, Scores, ScoreSpec
+from protos.scores import Field, Scores, ScoreSpec
+from teacher_server.backends.readout_blocks import TORCH, Kernels, Plan, Rows, merge, read_shard
+
+__all__ = ["HeadFn", "Rows", "assemble", "chunk_rows", "float_head", "read_chunk"]
 
 HeadFn = Callable[[Tensor], Tensor]
 """Rows [R, W] of the model's last features -> float32 logits [R, V] over the real vocabulary."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """What is asked about R rows: `targets` int64[R] and `candidates` int64[R, C] or None, both on the CPU."""
-
-    targets: Tensor
-    candidates: Tensor | None
 
 
 def float_head(head: nn.Module, vocab_size: int, slice_bytes: int = 2**26) -> HeadFn:
@@ -71,42 +64,32 @@ def _on_gpu(weight: Tensor, bias: Tensor | None, vocab_size: int) -> HeadFn:
 
 
 def chunk_rows(vocab_size: int, device: torch.device) -> int:
-    """Rows of one chunk: 64 MiB of float32 logits on a CPU, 512 MiB on a GPU."""
-    return max(1, (2**29 if device.type == "cuda" else 2**26) // (4 * vocab_size))
+    """Rows of one chunk: 64 MiB of float32 logits on a CPU, a 32nd of a GPU's memory, at most 1.25 GiB.
 
-
-def read_chunk(logits_RV: Tensor, rows: Rows, spec: ScoreSpec, fields: frozenset[Field]) -> dict[str, Tensor]:
-    """The wanted fields of R rows by name, and `finite` bool[R]; overwrites `logits_RV` (float32).
-
-    With Z_T = logsumexp(logits / T): l = logits - Z_1, C_T = Z_T - Z_1 / T (0 at T = 1), and the tail at T is the
-    logsumexp of logits / T over the complement of the top K, less Z_T.
+    On a GPU a multiple of 256, the rows of a tile of the head's product: 2048 for Qwen3's vocabulary where memory is
+    40 GiB or more. Fewer rows fill the GPU less and read the head's weight more often for each row.
     """
-    device = logits_RV.device
-    z1_R1 = torch.logsumexp(logits_RV, dim=-1, keepdim=True)
-    out: dict[str, Tensor] = {"finite": torch.isfinite(z1_R1[:, 0])}
-    if Field.TOKEN_LOGPROBS in fields:
-        out["token_logprobs"] = (logits_RV.gather(1, rows.targets.to(device)[:, None]) - z1_R1)[:, 0]
-    if Field.CANDIDATE_LOGPROBS in fields and rows.candidates is not None:
-        out["candidate_logprobs"] = logits_RV.gather(1, rows.candidates.to(device)) - z1_R1
-    top_ids = None
-    if spec.top_k and fields & {Field.TOP, Field.TAIL_LOGPROB}:
-        top, top_ids = torch.topk(logits_RV, spec.top_k, dim=-1)
-        if Field.TOP in fields:
-            out["top_logprobs"], out["top_token_ids"] = top - z1_R1, top_ids
-    if fields & {Field.LOG_NORMALIZER, Field.TAIL_LOGPROB}:
-        z_RM = torch.stack([z1_R1[:, 0] if t == 1 else _lse(logits_RV, t) for t in spec.temperatures], dim=1)
-        if Field.LOG_NORMALIZER in fields:
-            inverse_M = torch.tensor([1 / t for t in spec.temperatures], device=device)
-            out["log_normalizer"] = z_RM - z1_R1 * inverse_M
-        if Field.TAIL_LOGPROB in fields and top_ids is not None:
-            logits_RV.scatter_(1, top_ids, -math.inf)
-            tails_RM = torch.stack([_lse(logits_RV, t) for t in spec.temperatures], dim=1)
-            out["tail_logprob"] = (tails_RM - z_RM).clamp_(min=TAIL_FLOOR)
-    return out
+    if device.type != "cuda":
+        return max(1, 2**26 // (4 * vocab_size))
+    memory = torch.cuda.get_device_properties(device).total_memory
+    rows = min(4096, min(memory // 32, 5 * 2**28) // (4 * vocab_size))
+    return int(rows // 256 * 256 or max(1, rows))
 
 
-def _lse(logits_RV: Tensor, temperature: float) -> Tensor:
-    return torch.logsumexp(logits_RV if temperature == 1 else logits_RV / temperature, dim=-1)
+def read_chunk(
+    logits_RV: Tensor,
+    rows: Rows,
+    spec: ScoreSpec,
+    fields: frozenset[Field],
+    kernels: Kernels = TORCH,
+) -> dict[str, Tensor]:
+    """The wanted fields of R rows by name, and `finite` bool[R]; may overwrite `logits_RV` (any float dtype).
+
+    Formulas are those of `readout_blocks.merge`; `kernels` are what `readout_check.choose` found for the device.
+    """
+    candidates = 0 if rows.candidates is None else int(rows.candidates.shape[1])
+    packed_RW = read_shard(logits_RV, rows, Plan.of(spec, fields, candidates), kernels)
+    return merge(packed_RW[None], spec, fields, candidates)
 
 
 def assemble(parts: list[dict[str, np.ndarray[Any, Any]]]) -> Scores | None:

@@ -6,7 +6,6 @@ Knows tensors and jobs, no queue. Legend: B sequences, N tokens of the longest, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from protos.scores import Field, ScoreSpec
 from teacher_server.backends import readout
 from teacher_server.backends.features import Features
 from teacher_server.backends.jobs import Outbox, ScoreJob
+from teacher_server.backends.packing import chunks
+from teacher_server.backends.readout_blocks import Kernels
 
 _Part = tuple[ScoreJob, int, int]
 """Rows first..last-1 of a job."""
@@ -26,9 +27,12 @@ _Part = tuple[ScoreJob, int, int]
 class Scorer:
     """Runs batches on one model; `packs` means that rows are concatenated without padding."""
 
-    def __init__(self, features: Features, device: torch.device, vocab_size: int, *, packs: bool) -> None:
+    def __init__(
+        self, features: Features, device: torch.device, vocab_size: int, kernels: Kernels, *, packs: bool
+    ) -> None:
         self._features = features
         self._device = device
+        self._kernels = kernels
         self._packs = packs
         self._chunk = readout.chunk_rows(vocab_size, device)
 
@@ -45,7 +49,8 @@ class Scorer:
             groups[job.spec, job.fields, job.sequence.candidates].append(job)
         for (spec, fields, _), group in groups.items():
             got: dict[int, list[dict[str, Any]]] = defaultdict(list)
-            for chunk in self._chunks(group):
+            ranges = ((job, 0, job.sequence.positions) for job in group)
+            for chunk in chunks(ranges, self._chunk, lambda job: job.cancelled):
                 result = self._read(chunk, rows, spec, fields)
                 offset = 0
                 for job, first, last in chunk:
@@ -80,23 +85,6 @@ class Scorer:
             for job, start, n in zip(jobs, starts.tolist(), lengths, strict=True)
         }
 
-    def _chunks(self, jobs: list[ScoreJob]) -> Iterator[list[_Part]]:
-        """Runs of rows, at most one chunk's number together; looks at cancellations when each is made."""
-        part: list[_Part] = []
-        room = self._chunk
-        for job in jobs:
-            first, total = 0, job.sequence.positions
-            while first < total and not job.cancelled:
-                last = min(total, first + room)
-                part.append((job, first, last))
-                room -= last - first
-                first = last
-                if room == 0:
-                    yield part
-                    part, room = [], self._chunk
-        if part:
-            yield part
-
     def _read(
         self, chunk: list[_Part], rows: dict[int, Tensor], spec: ScoreSpec, fields: frozenset[Field]
     ) -> dict[str, np.ndarray[Any, Any]]:
@@ -107,8 +95,9 @@ class Scorer:
             for job, first, last in chunk
             if job.sequence.candidate_ids is not None
         ]
-        asked = readout.Rows(_int64(targets), _int64(candidates) if candidates else None)
-        result = readout.read_chunk(self._features.head(features), asked, spec, fields)
+        device = features.device  # the copies wait for what the device is doing, so they come before the head
+        asked = readout.Rows(_int64(targets).to(device), _int64(candidates).to(device) if candidates else None)
+        result = readout.read_chunk(self._features.head(features), asked, spec, fields, self._kernels)
         return {name: tensor.cpu().numpy() for name, tensor in result.items()}
 
 

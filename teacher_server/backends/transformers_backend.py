@@ -17,7 +17,7 @@ import torch
 from protos.errors import TeacherError, Unavailable, Unsupported
 from protos.scores import Field, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import features as features_module
-from teacher_server.backends import model_files, transformers_model
+from teacher_server.backends import model_files, readout_check, transformers_model
 from teacher_server.backends.base import Piece, limits
 from teacher_server.backends.jobs import GenerateJob, ScoreJob
 from teacher_server.backends.options import BackendOptions
@@ -80,6 +80,7 @@ class TransformersBackend:
             _LOG.warning("the tokenizer knows %d ids, the model %d; the rest are refused", text.vocab_size, width)
         with torch.inference_mode():
             features = features_module.choose(loaded, vocab_size)
+        kernels = readout_check.choose(loaded.device, vocab_size)
         self._text, self._tags = text, _think_tags(text)
         self._info = self._describe(text, loaded, vocab_size, self._fingerprint(text, loaded))
         limits = self._info.limits
@@ -94,7 +95,7 @@ class TransformersBackend:
             cache_tokens=_cache_tokens(loaded, options.batch_tokens),
         )
         return Engine(
-            scorer=Scorer(features, loaded.device, vocab_size, packs=loaded.packs),
+            scorer=Scorer(features, loaded.device, vocab_size, kernels, packs=loaded.packs),
             generation=generation,
             padded=not loaded.packs,
             equal=features.equal_lengths,

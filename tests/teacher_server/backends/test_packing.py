@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teacher_server.backends.packing import FREE_PADDING, MAX_WASTE, pack, waste
+from teacher_server.backends.packing import FREE_PADDING, MAX_WASTE, chunks, pack, waste
 
 LENGTHS = st.lists(st.integers(2, 5000), max_size=200)
 
@@ -42,3 +42,24 @@ def test_a_burst_of_short_sequences_of_all_lengths_stays_within_the_bound() -> N
     batches = pack(lengths, 16384)
     assert waste(lengths, batches) <= MAX_WASTE
     assert len(batches) < 25
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), max_size=30), st.integers(1, 40))
+def test_chunks_hold_every_row_once_in_order_and_are_full_but_for_the_last(
+    bounds: list[tuple[int, int]], most: int
+) -> None:
+    ranges = [(owner, *pair) for owner, pair in enumerate(bounds)]
+    got = list(chunks(ranges, most))
+    rows = [(owner, row) for chunk in got for owner, first, last in chunk for row in range(first, last)]
+    assert rows == [(owner, row) for owner, first, last in ranges for row in range(first, last)]
+    sizes = [sum(last - first for _, first, last in chunk) for chunk in got]
+    assert all(size == most for size in sizes[:-1])
+    assert all(0 < size <= most for size in sizes)
+
+
+def test_rows_of_an_owner_that_is_dropped_meanwhile_are_left_out_of_later_chunks() -> None:
+    dropped: set[str] = set()
+    made = chunks([("a", 0, 5), ("b", 3, 5)], 2, lambda owner: owner in dropped)
+    assert next(made) == [("a", 0, 2)]
+    dropped.add("a")
+    assert list(made) == [[("b", 3, 5)]]
