@@ -38,7 +38,7 @@ def make(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=32,
         max_position_embeddings=4096,
         initializer_range=0.5,
         eos_token_id=tokenizer.eos_token_id,

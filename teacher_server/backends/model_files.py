@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Iterable
@@ -67,15 +68,34 @@ def fingerprint(folder: Path, parts: Iterable[str]) -> str:
 
     `parts` name all else that changes a score: tokenizer, template, dtype, quantisation, engine.
     """
-    files = [folder / "config.json", *weight_files(folder)]
+    return digest([*hashes(folder), *parts])
+
+
+def hashes(folder: Path, *, weights: bool = True) -> list[str]:
+    """A line for configuration, generation configuration and, unless an engine makes them up, each weight file."""
+    files = [folder / "config.json", *(weight_files(folder) if weights else [])]
     if (folder / "generation_config.json").is_file():
         files.append(folder / "generation_config.json")
     size = sum(path.stat().st_size for path in files)
     if size > 2**33:
         _LOG.info("hashing %.0f GB of weights for the fingerprint", size / 1e9)
     with ThreadPoolExecutor(8) as pool:
-        hashes = list(pool.map(file_hash, files))
+        found = list(pool.map(file_hash, files))
+    return [f"{path.name}={value}" for path, value in zip(files, found, strict=True)]
+
+
+def digest(lines: Iterable[str]) -> str:
+    """Hexadecimal SHA-256 over lines."""
     digest = hashlib.sha256()
-    for line in [*(f"{p.name}={h}" for p, h in zip(files, hashes, strict=True)), *parts]:
+    for line in lines:
         digest.update(line.encode() + b"\n")
     return digest.hexdigest()
+
+
+def generation_eos(folder: Path) -> tuple[int, ...]:
+    """The end ids that generation_config.json names, if any."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return ()
+    found = json.loads(path.read_text("utf-8")).get("eos_token_id")
+    return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)

@@ -19,6 +19,12 @@ class ThinkTags:
     close_id: int
     closing: tuple[int, ...]
 
+    @staticmethod
+    def of(think_ids: tuple[int, ...], closing: Ids) -> ThinkTags | None:
+        """The tags of a tokenizer, whose tokens of CLOSING_TEXT are `closing`; None where a tag is not one token."""
+        ids = tuple(int(i) for i in closing)
+        return ThinkTags(*think_ids, ids) if len(think_ids) == 2 and ids.count(think_ids[1]) == 1 else None
+
 
 @dataclass
 class ThinkBudget:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import torch
 
@@ -71,7 +69,7 @@ class TransformersBackend:
         folder = model_files.resolve(options.model)
         model_files.weight_files(folder)
         text = HuggingFaceText(
-            folder, trust_remote_code=options.trust_remote_code, eos=_generation_eos(folder / "generation_config.json")
+            folder, trust_remote_code=options.trust_remote_code, eos=model_files.generation_eos(folder)
         )
         loaded = transformers_model.load(folder, options)
         width = int(loaded.model.get_input_embeddings().weight.shape[0])
@@ -81,7 +79,7 @@ class TransformersBackend:
         with torch.inference_mode():
             features = features_module.choose(loaded, vocab_size)
         kernels = readout_check.choose(loaded.device, vocab_size)
-        self._text, self._tags = text, _think_tags(text)
+        self._text, self._tags = text, ThinkTags.of(text.think_ids, text.encode(CLOSING_TEXT))
         self._info = self._describe(text, loaded, vocab_size, self._fingerprint(text, loaded))
         limits = self._info.limits
         generation = SamplingLoop(
@@ -177,20 +175,6 @@ class TransformersBackend:
         if self._worker is None:
             raise Unavailable("the teacher is not running; try again in a while", retry_after_s=5.0)
         return self._worker
-
-
-def _think_tags(text: HuggingFaceText) -> ThinkTags | None:
-    if len(text.think_ids) != 2:
-        return None
-    closing = tuple(int(i) for i in text.encode(CLOSING_TEXT))
-    return ThinkTags(*text.think_ids, closing) if closing.count(text.think_ids[1]) == 1 else None
-
-
-def _generation_eos(path: Path) -> tuple[int, ...]:
-    if not path.is_file():
-        return ()
-    found = json.loads(path.read_text("utf-8")).get("eos_token_id")
-    return () if found is None else tuple(found) if isinstance(found, list) else (int(found),)
 
 
 def _cache_tokens(loaded: LoadedModel, batch_tokens: int) -> int:

@@ -1,0 +1,202 @@
+"""vLLM as a teacher: one engine in processes of its own scores and generates.
+
+It loads, describes and checks itself here; `vllm_engine` talks to vLLM, `vllm_worker` sits inside it. Legend: P prompt
+tokens, N tokens of a sequence, V real vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from protos.errors import TeacherFailed, Unavailable, Unsupported
+from protos.scores import Field, Floats, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
+from teacher_server.backends import model_files, vllm_check, vllm_options
+from teacher_server.backends.base import Piece, limits
+from teacher_server.backends.options import BackendOptions
+from teacher_server.backends.text import HuggingFaceText
+from teacher_server.backends.thinking import CLOSING_TEXT, ThinkTags
+from teacher_server.backends.vllm_engine import Engine, set_environment
+from teacher_server.backends.vllm_generation import Wish, completion
+
+_LOG = logging.getLogger(__name__)
+_DEFAULT_SEQUENCE_TOKENS = 32768
+
+
+class VllmBackend:
+    """A `base.Backend`; see there for what each method promises."""
+
+    def __init__(self, options: BackendOptions) -> None:
+        set_environment()
+        import vllm
+
+        self._options = options
+        self._version = str(vllm.__version__)
+        self._engine: Engine | None = None
+        self._reader: vllm_check.Reader | None = None
+        self._info: TeacherInfo | None = None
+        self._text: HuggingFaceText | None = None
+        self._tags: ThinkTags | None = None
+
+    @property
+    def info(self) -> TeacherInfo:
+        """What GetTeacher answers; RuntimeError before `start`."""
+        if self._info is None:
+            raise RuntimeError("start() has not returned yet")
+        return self._info
+
+    @property
+    def text(self) -> HuggingFaceText:
+        """The tokenizer and template; RuntimeError before `start`."""
+        if self._text is None:
+            raise RuntimeError("start() has not returned yet")
+        return self._text
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of one engine step."""
+        if self._engine is None:
+            return self._options.batch_tokens
+        return int(self._engine.config.scheduler_config.max_num_batched_tokens)
+
+    async def start(self) -> None:
+        """Starts the engine, puts the scorer into its workers and checks what it says."""
+        vllm_options.check_version(self._version)
+        folder = await asyncio.to_thread(model_files.resolve, self._options.model)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        text = await asyncio.to_thread(self._make_text, folder)
+        longest = _longest(self._options, config)
+        args = vllm_options.engine_args(self._options, folder, longest)
+        parts = asyncio.create_task(asyncio.to_thread(_fingerprint, folder, args, text, self._version))
+        engine = await asyncio.to_thread(Engine.start, args)
+        try:
+            resolved = engine.config.model_config
+            dtype = str(resolved.dtype).split(".")[-1]
+            vocab_size = min(text.vocab_size, int(resolved.get_vocab_size()))
+            found = await self._prepare(engine, vocab_size)
+            reader = await vllm_check.choose(engine, found, vocab_size, dtype, self._options.max_temperatures)
+            extended = isinstance(reader, vllm_check.Extended)
+            base = limits(self._options, vocab_size, longest)
+            self._info = TeacherInfo(
+                name=self._options.served_name,
+                fingerprint=model_files.digest([*(await parts), dtype, "extended" if extended else "public"]),
+                tokenizer_hash=text.tokenizer_hash,
+                template_hash=text.template_hash,
+                vocab_size=vocab_size,
+                normalized_size=vocab_size if found.get("masks") else int(resolved.get_vocab_size()),
+                eos_token_ids=text.eos_token_ids,
+                limits=base,
+                modes=text.modes,
+                fields=reader.fields,
+                can_generate=True,
+                engine=f"vllm {self._version}",
+                dtype=dtype,
+                quantization=str(resolved.quantization or "none"),
+            )
+        except BaseException:
+            parts.cancel()
+            await engine.close()
+            raise
+        tags = ThinkTags.of(text.think_ids, text.encode(CLOSING_TEXT))
+        self._text, self._tags, self._engine, self._reader = text, tags, engine, reader
+        _LOG.info("vLLM %s: %s", self._version, found)
+
+    async def _prepare(self, engine: Engine, vocab_size: int) -> dict[str, Any]:
+        """What the workers' last stage found of itself; empty where the extension does not fit this vLLM."""
+        try:
+            answers = await engine.call("teacher_prepare", vocab_size)
+        except (TeacherFailed, Unavailable) as error:
+            _LOG.warning("the extension does not fit vLLM %s: %s", self._version, error.__cause__ or error)
+            return {}
+        found: dict[str, Any] = next((a for a in answers if a["runner"] != "none"), answers[0])
+        return found
+
+    def _make_text(self, folder: Path) -> HuggingFaceText:
+        eos = model_files.generation_eos(folder)
+        return HuggingFaceText(folder, trust_remote_code=self._options.trust_remote_code, eos=eos)
+
+    async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
+        """The scores of one sequence; the engine batches what is submitted at the same time."""
+        return await self._ready()[1].score(sequence, spec)
+
+    async def generate(
+        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+    ) -> AsyncIterator[list[Piece]]:
+        """Pieces of the n completions of int32[P], which share its prefill through the engine's prefix cache."""
+        engine, _ = self._ready()
+        if sampling.max_thinking_tokens and self._tags is None:
+            raise Unsupported(
+                "max_thinking_tokens needs <think> and </think> as single tokens; this tokenizer has none"
+            )
+        longest = self.info.limits.sequence_tokens
+        wish = Wish(prompt_ids, sampling, logprobs, stream, self.info.eos_token_ids, longest, self._tags)
+        queue: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
+
+        async def run(sample_index: int) -> None:
+            async for piece in completion(wish, sample_index, engine.complete, self._forced):
+                queue.put_nowait(piece)
+
+        tasks = [asyncio.create_task(run(index)) for index in range(n)]
+        for task in tasks:
+            task.add_done_callback(queue.put_nowait)
+        try:
+            running = n
+            while running or not queue.empty():
+                pieces: list[Piece] = []
+                items = [await queue.get(), *(queue.get_nowait() for _ in range(queue.qsize()))]
+                for item in items:
+                    if isinstance(item, Piece):
+                        pieces.append(item)
+                    else:
+                        running -= 1
+                        item.result()
+                if pieces:
+                    yield pieces
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _forced(self, token_ids: Ids, start: int) -> Floats:
+        """float32 log-probabilities of the tokens from `start` on."""
+        spec = ScoreSpec(want=frozenset({Field.TOKEN_LOGPROBS}))
+        scores = await self.score(Sequence(token_ids, start), spec)
+        assert scores.token_logprobs is not None
+        return scores.token_logprobs
+
+    async def healthy(self) -> bool:
+        """Whether the engine's processes run."""
+        return self._engine is not None and self._engine.alive
+
+    async def close(self) -> None:
+        """Ends the engine's processes."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.close()
+
+    def _ready(self) -> tuple[Engine, vllm_check.Reader]:
+        if self._engine is None or self._reader is None:
+            raise Unavailable("the teacher is not running; try again in a while", retry_after_s=5.0)
+        return self._engine, self._reader
+
+
+def _longest(options: BackendOptions, config: dict[str, Any]) -> int:
+    """Tokens of the longest sequence: the engine wants one position more, since it always samples a token."""
+    known = config.get("max_position_embeddings")
+    wanted = options.max_sequence_tokens or _DEFAULT_SEQUENCE_TOKENS
+    longest = min(wanted, int(known) - 1) if known else wanted
+    if options.max_sequence_tokens and longest < wanted:
+        _LOG.warning("max_sequence_tokens is %d, but the model's positions end at %d", wanted, longest + 1)
+    return longest
+
+
+def _fingerprint(folder: Path, args: Any, text: HuggingFaceText, version: str) -> list[str]:
+    """What the scores depend on: files, tokenizer, template, and the arguments that change the arithmetic."""
+    files = model_files.hashes(folder, weights=args.load_format != "dummy")
+    changing = ("quantization", "kv_cache_dtype", "hf_overrides", "load_format", "seed", "enable_lora")
+    chosen = [f"{name}={getattr(args, name, None)}" for name in changing]
+    return [*files, *chosen, text.tokenizer_hash, text.template_hash, version]

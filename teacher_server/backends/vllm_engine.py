@@ -1,0 +1,167 @@
+"""A running vLLM engine: prompts in, arrays out, and its errors as ours. Knows vLLM's Python face, no service.
+
+`AsyncLLM` runs the engine in processes of its own; this object lives on the event loop. Legend: N tokens of a prompt,
+R new tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from protos.errors import TeacherError, TeacherFailed, Unavailable
+from protos.scores import Floats, Ids, Sampling
+from teacher_server.backends import vllm_tap
+
+_LOG = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+CLOSE_S = 20.0
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """New tokens int32[R] of one completion, float32[R] or None, and "stop", "length" or "" (it goes on)."""
+
+    ids: Ids
+    logprobs: Floats | None
+    ended: str
+
+
+def set_environment() -> None:
+    """What vLLM reads when it is imported: it may not fork a process that runs gRPC, and it tells nobody about us."""
+    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+class Engine:
+    """Made by `start`; every method may raise Unavailable once the engine has died."""
+
+    def __init__(self, llm: Any, kept: bool) -> None:
+        self._llm = llm
+        self._serial = itertools.count()
+        self.keeps_tensors = kept
+        """Whether log-probabilities of prompts arrive as tensors."""
+
+    @staticmethod
+    def start(args: Any) -> Engine:
+        """Starts the engine's processes and loads the model; takes minutes, so call it in a thread."""
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        kept = vllm_tap.install()
+        return Engine(AsyncLLM.from_engine_args(args), kept)
+
+    @property
+    def config(self) -> Any:
+        """The VllmConfig as the engine resolved it."""
+        return self._llm.vllm_config
+
+    @property
+    def alive(self) -> bool:
+        """Whether its processes run."""
+        return not self._llm.errored
+
+    async def call(self, method: str, *arguments: Any) -> list[Any]:
+        """What a method of TeacherWorker gives in each worker."""
+        with self._errors():
+            return list(await self._llm.collective_rpc(method, args=arguments))
+
+    async def ask(self, token_ids: Ids, extra_args: dict[str, Any] | None, **options: Any) -> Any:
+        """The output of one prompt int32[N] that is read and not continued; `options` are SamplingParams' own."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            **{"prompt_logprobs": 0} | options,
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            extra_args=extra_args,
+        )
+        output = None
+        with self._errors():
+            async for part in self._llm.generate(_prompt(token_ids), params, self._name()):
+                output = part
+        if output is None:
+            raise TeacherFailed from RuntimeError("the engine ended a prompt without an output")
+        return output
+
+    async def complete(
+        self,
+        token_ids: Ids,
+        sampling: Sampling,
+        *,
+        stops: list[int],
+        most: int,
+        seed: int | None,
+        logprobs: bool,
+        stream: bool,
+    ) -> AsyncIterator[Tokens]:
+        """One completion of int32[N], at most `most` tokens, ended by any of `stops`; stops when it is closed."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=most,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop_token_ids=stops,
+            ignore_eos=True,  # the model's own ids are among `stops`
+            seed=seed,
+            logprobs=0 if logprobs else None,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = self._llm.generate(_prompt(token_ids), params, self._name())
+        try:
+            with self._errors():
+                async for output in outputs:
+                    part = output.outputs[0]
+                    if part.finish_reason not in (None, "stop", "length"):
+                        raise TeacherFailed from RuntimeError(f"the engine ended a completion: {part.finish_reason}")
+                    ids = np.array(part.token_ids, dtype=np.int32)
+                    numbers = np.array(part.logprobs.logprobs, dtype=np.float32) if logprobs else None
+                    yield Tokens(ids, numbers, part.finish_reason or "")
+        finally:
+            await outputs.aclose()
+
+    async def close(self) -> None:
+        """Ends the engine's processes; those that do not end in CLOSE_S seconds are killed."""
+        handler = self._llm.output_handler
+        if handler is not None:
+            handler.cancel()  # it would log the end of the processes as an error
+        await asyncio.to_thread(self._llm.shutdown, timeout=CLOSE_S)
+
+    def _name(self) -> str:
+        return str(next(self._serial))
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except TeacherError:
+            raise
+        except EngineDeadError as error:
+            raise Unavailable("the engine died; it is started again, retry later", retry_after_s=RETRY_S) from error
+        except Exception as error:
+            if not self.alive:
+                raise Unavailable("the engine died; it is started again, retry later", retry_after_s=RETRY_S) from error
+            raise TeacherFailed from error
+
+
+def _prompt(token_ids: Ids) -> Any:
+    # vLLM takes a list, once a prompt.
+    return {"prompt_token_ids": token_ids.tolist()}
