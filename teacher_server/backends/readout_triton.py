@@ -54,7 +54,8 @@ def _shape(logits_RV: Tensor) -> tuple[int, int]:
     return logits_RV.shape[0], logits_RV.shape[1]
 
 
-@triton.jit
+# Numbers that differ from question to question are not compiled in: only dtype, alignment and SIZE make a new kernel.
+@triton.jit(do_not_specialize=["columns", "blocks", "tiles", "temperatures"])
 def _summarize(
     logits, maxima, sums, scales, stride, columns, blocks, tiles, temperatures,
     SIZE: tl.constexpr, PER_TILE: tl.constexpr,
@@ -81,7 +82,7 @@ def _summarize(
         tl.store(to + i * blocks, tl.log(tl.sum(tl.exp(shifted_PX * scale), axis=1)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns", "k", "tiles"])
 def _take(logits, chosen, taken, stride, columns, k, tiles, SIZE: tl.constexpr, PER_TILE: tl.constexpr):
     program = tl.program_id(0)
     row = (program // tiles).to(tl.int64)
