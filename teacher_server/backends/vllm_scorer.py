@@ -2,25 +2,31 @@
 
 It runs inside a vLLM worker and knows tensors, no engine. A prompt's rows arrive in order, in one step or in several; a
 prompt that the engine starts again overwrites what it had. Legend: T scored positions, R rows of a step, H hidden
-width, V real vocabulary, K alternatives.
+width, K alternatives.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from protos.scores import Field
-from teacher_server.backends import readout
+from protos.scores import Field, ScoreSpec
+from teacher_server.backends import packing
+from teacher_server.backends.readout import Rows
 from teacher_server.backends.vllm_wire import Question
 
-HeadFn = Callable[[Tensor], Tensor]
-"""Hidden states [R, H] -> logits [R, V or more]."""
+
+class Reader(Protocol):
+    """`LmHead.read`."""
+
+    def __call__(
+        self, states_RH: Tensor, rows: Rows, spec: ScoreSpec, fields: frozenset[Field], *, plain: bool
+    ) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,11 +66,10 @@ Result = tuple[Tensor, Tensor, Tensor]
 
 
 class PromptScorer:
-    """`head` is the fast way to float32 logits, `plain` the model's own; `chunk` rows pass through either at a time."""
+    """`read` turns hidden states into fields, `chunk` rows at a time."""
 
-    def __init__(self, head: HeadFn, plain: HeadFn, vocab_size: int, device: torch.device, chunk: int) -> None:
-        self._head, self._plain = head, plain
-        self._vocab_size = vocab_size
+    def __init__(self, read: Reader, device: torch.device, chunk: int) -> None:
+        self._reader = read
         self._device = device
         self._chunk = chunk
         self._prompts: dict[str, _Prompt] = {}
@@ -117,9 +122,10 @@ class PromptScorer:
             if question.columns:
                 key = (question.spec, question.fields, question.candidates, question.plain)
                 groups[key].append(part)
-        for (*_, plain), group in groups.items():
-            for chunk in self._chunks(group):
-                self._read(chunk, plain)
+        for group in groups.values():
+            ranges = ((part, 0, part.last - part.first) for part in group)
+            for chunk in packing.chunks(ranges, self._chunk):
+                self._read([part.rows(first, last) for part, first, last in chunk])
 
     def _allocate(self, prompt: _Prompt, rows: int, hidden: Tensor) -> None:
         question, device = prompt.question, self._device
@@ -132,34 +138,15 @@ class PromptScorer:
         width = hidden.shape[1] if Field.HIDDEN_STATES in question.fields else 0
         prompt.states = torch.empty(rows if width else 0, width, dtype=hidden.dtype, device=device)
 
-    def _chunks(self, parts: list[Part]) -> Iterator[list[Part]]:
-        """The same rows, at most `chunk` at a time."""
-        chunk: list[Part] = []
-        room = self._chunk
-        for part in parts:
-            first = 0
-            total = part.last - part.first
-            while first < total:
-                last = min(total, first + room)
-                chunk.append(part.rows(first, last))
-                room -= last - first
-                first = last
-                if room == 0:
-                    yield chunk
-                    chunk, room = [], self._chunk
-        if chunk:
-            yield chunk
-
-    def _read(self, chunk: list[Part], plain: bool) -> None:
+    def _read(self, chunk: list[Part]) -> None:
         question = self._prompts[chunk[0].name].question
-        hidden = chunk[0].hidden if len(chunk) == 1 else torch.cat([part.hidden for part in chunk])
-        targets = torch.cat([part.targets for part in chunk]).long()
+        states = chunk[0].hidden if len(chunk) == 1 else torch.cat([part.hidden for part in chunk])
         candidates = None
         if question.candidate_ids is not None:
             held = [(self._prompts[part.name].candidates, part) for part in chunk]
-            candidates = torch.cat([ids[part.first : part.last] for ids, part in held if ids is not None]).long()
-        logits = (self._plain if plain else self._head)(hidden)[:, : self._vocab_size]
-        result = readout.read_chunk(logits.float(), readout.Rows(targets, candidates), question.spec, question.fields)
+            candidates = torch.cat([ids[part.first : part.last] for ids, part in held if ids is not None])
+        rows = Rows(torch.cat([part.targets for part in chunk]).long(), candidates)
+        result = self._reader(states, rows, question.spec, question.fields, plain=question.plain)
         first = 0
         for part in chunk:
             prompt, last = self._prompts[part.name], first + part.last - part.first

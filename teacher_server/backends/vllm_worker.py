@@ -34,12 +34,11 @@ class TeacherWorker:
         if not _last_stage():
             return found
         device = torch.device(runner.device)
+        head = self.teacher_lm_head = LmHead.of(model, vocab_size, device, _tensor_group())
+        scorer = PromptScorer(head.read, device, readout.chunk_rows(vocab_size, device))
         config: Any = self.vllm_config.model_config  # type: ignore[attr-defined]
-        head = LmHead.choose(model, vocab_size, device, config.get_hidden_size(), config.dtype)
-        self.teacher_lm_head = head
-        chunk = readout.chunk_rows(vocab_size, device)
-        scorer = PromptScorer(head.logits, head.plain, vocab_size, device, chunk)
-        found |= {"head": head.kind, "hidden_size": head.hidden_size, "hidden_dtype": str(head.dtype).split(".")[-1]}
+        found |= {"head": "engine" if head.direct is None else "direct", "kernels": type(head.kernels).__name__}
+        found |= {"hidden_size": int(config.get_hidden_size()), "hidden_dtype": str(config.dtype).split(".")[-1]}
         if hasattr(runner, "prompt_logprobs_worker"):
             runner.prompt_logprobs_worker = _RunnerV2(runner.prompt_logprobs_worker, scorer)
             return found | {"runner": "v2"}
@@ -56,6 +55,12 @@ def _last_stage() -> bool:
     from vllm.distributed import get_pp_group
 
     return bool(get_pp_group().is_last_rank)
+
+
+def _tensor_group() -> Any:
+    from vllm.distributed import get_tp_group
+
+    return get_tp_group()
 
 
 def _mask_padding(model: nn.Module, vocab_size: int) -> None:
