@@ -2,7 +2,7 @@
 
 Frozen dataclasses over numpy arrays, each checked for dtype and shape when it is made. They know no transport, no
 engine and no message. Legend: N tokens of a sequence, T scored positions, K alternatives, C candidates,
-M temperatures, P tokens of a prompt, R new tokens.
+M temperatures, H hidden size, P tokens of a prompt, R new tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
+Bits = npt.NDArray[Any]
+"""Numbers in a dtype that is named elsewhere: uint16 bits of bfloat16 or float16, or float32."""
+
+BITS: dict[str, type[np.uint16] | type[np.float32]] = {
+    "bfloat16": np.uint16,
+    "float16": np.uint16,
+    "float32": np.float32,
+}
+"""What holds the numbers of each dtype that hidden states and heads come in."""
 
 TAIL_FLOOR = -100.0
 """Log-mass in nats below which a tail counts as empty."""
@@ -42,6 +51,7 @@ class Field(Enum):
     CANDIDATE_LOGPROBS = "candidate_logprobs"
     LOG_NORMALIZER = "log_normalizer"
     TAIL_LOGPROB = "tail_logprob"
+    HIDDEN_STATES = "hidden_states"
 
 
 class FinishReason(Enum):
@@ -82,7 +92,8 @@ class TeacherInfo:
     """What `GetTeacher` answers.
 
     `vocab_size` counts real tokens; `normalized_size` is the number of logits that probabilities are normalised over.
-    `fingerprint` changes with weights, tokenizer, template, dtype, quantisation and engine.
+    `fingerprint` changes with weights, tokenizer, template, dtype, quantisation and engine. `hidden_size` and
+    `hidden_dtype` (one of BITS) are those of HIDDEN_STATES; 0 and empty where they are not offered.
     """
 
     name: str
@@ -99,6 +110,8 @@ class TeacherInfo:
     engine: str
     dtype: str
     quantization: str
+    hidden_size: int = 0
+    hidden_dtype: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +156,7 @@ class ScoreSpec:
 
     `temperatures` (each > 0 and finite) are those of `log_normalizer` and `tail_logprob`. `want` empty means every
     field that the request has arguments for: token log-probabilities and log-normaliser always, the top and the tail
-    where `top_k` > 0, candidates where the sequence names some.
+    where `top_k` > 0, candidates where the sequence names some; hidden states come only where `want` names them.
     """
 
     top_k: int = 0
@@ -192,8 +205,9 @@ class Scores:
     """The scores of T positions of one sequence; a field that was not wanted is None.
 
     `token_logprobs` float32[T]; `top_token_ids` int32[T,K] and `top_logprobs` float32[T,K], most likely first;
-    `candidate_logprobs` float32[T,C]; `log_normalizer` float32[T,M]; `tail_logprob` float32[T,M], at least -100.
-    Log-probabilities are nats at temperature 1; the last two are at the M requested temperatures. All finite.
+    `candidate_logprobs` float32[T,C]; `log_normalizer` float32[T,M]; `tail_logprob` float32[T,M], at least -100;
+    `hidden_states` [T,H] float32 or uint16 bits, in the teacher's `hidden_dtype`. Log-probabilities are nats at
+    temperature 1; log-normaliser and tail are at the M requested temperatures. All finite.
     """
 
     token_logprobs: Floats | None = None
@@ -202,11 +216,14 @@ class Scores:
     candidate_logprobs: Floats | None = None
     log_normalizer: Floats | None = None
     tail_logprob: Floats | None = None
+    hidden_states: Bits | None = None
 
     def __post_init__(self) -> None:
         rows = set()
         for name, array in self.arrays().items():
-            want = np.int32 if name == "top_token_ids" else np.float32
+            want: type[np.generic] = np.int32 if name == "top_token_ids" else np.float32
+            if name == "hidden_states" and array.dtype == np.uint16:
+                want = np.uint16
             if array.dtype != want or array.ndim != (1 if name == "token_logprobs" else 2):
                 raise ValueError(f"{name} must be {np.dtype(want).name}[T{'' if name == 'token_logprobs' else ',..'}]")
             rows.add(array.shape[0])
@@ -243,8 +260,12 @@ class Scores:
         return Scores(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in names})
 
     def finite(self) -> bool:
-        """Whether every number is finite; a teacher that gave another one has failed."""
-        return all(bool(np.isfinite(a).all()) for n, a in self.arrays().items() if n != "top_token_ids")
+        """Whether every number is finite; a teacher that gave another one has failed.
+
+        Hidden states are left out: they are large, bits here, and looked at by the engine that computed them.
+        """
+        passed = ("top_token_ids", "hidden_states")
+        return all(bool(np.isfinite(a).all()) for n, a in self.arrays().items() if n not in passed)
 
 
 @dataclass(frozen=True)

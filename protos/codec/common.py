@@ -17,6 +17,7 @@ FIELDS = {
     domain.Field.CANDIDATE_LOGPROBS: pb.FIELD_CANDIDATE_LOGPROBS,
     domain.Field.LOG_NORMALIZER: pb.FIELD_LOG_NORMALIZER,
     domain.Field.TAIL_LOGPROB: pb.FIELD_TAIL_LOGPROB,
+    domain.Field.HIDDEN_STATES: pb.FIELD_HIDDEN_STATES,
 }
 FIELDS_BACK = {number: name for name, number in FIELDS.items()}
 FINISH = {domain.FinishReason.STOP: pb.FINISH_REASON_STOP, domain.FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
@@ -35,11 +36,17 @@ def to_floats(data: bytes) -> domain.Floats:
     return np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
 
 
-def to_bytes(array: domain.Ids | domain.Floats | None) -> bytes:
+def to_bits(data: bytes, dtype: str) -> domain.Bits:
+    """Numbers of a named dtype, as what holds them (see `scores.BITS`)."""
+    held = np.dtype(domain.BITS[dtype])
+    return np.frombuffer(data, dtype=held.newbyteorder("<")).astype(held, copy=False)
+
+
+def to_bytes(array: domain.Ids | domain.Floats | domain.Bits | None) -> bytes:
     """Row-major little-endian bytes; none for None."""
     if array is None:
         return b""
-    return np.ascontiguousarray(array, dtype="<i4" if array.dtype.kind == "i" else "<f4").tobytes()
+    return np.ascontiguousarray(array, dtype={"i": "<i4", "f": "<f4", "u": "<u2"}[array.dtype.kind]).tobytes()
 
 
 def parse(message: Message, data: bytes) -> None:

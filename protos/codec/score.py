@@ -8,7 +8,7 @@ import numpy as np
 
 from protos import errors
 from protos import scores as domain
-from protos.codec.common import FIELDS, FIELDS_BACK, parse, to_bytes, to_floats, to_ids
+from protos.codec.common import FIELDS, FIELDS_BACK, parse, to_bits, to_bytes, to_floats, to_ids
 from protos.teacher.v1 import teacher_pb2 as pb
 
 CHUNK_BYTES = 512 * 1024
@@ -137,6 +137,7 @@ def encode_scores(index: int, scores: domain.Scores, chunk_bytes: int = CHUNK_BY
             top_k=width.get("top_token_ids", 0),
             candidates=width.get("candidate_logprobs", 0),
             temperatures=width.get("log_normalizer", width.get("tail_logprob", 0)),
+            hidden_size=width.get("hidden_states", 0),
             **{name: to_bytes(array) for name, array in part.arrays().items()},
         )
 
@@ -173,6 +174,8 @@ class ScoreResponseReader:
             if len(data) != 4 * int(np.prod(shape)):
                 raise errors.TeacherFailed(f"the stream is broken: {name} has {len(data)} bytes for {list(shape)}")
             arrays[name] = (to_ids(data, name) if name == "top_token_ids" else to_floats(data)).reshape(shape)
+        if message.hidden_states:
+            arrays["hidden_states"] = _hidden(message)
         self._parts[index].append(domain.Scores(**arrays))
         self._rows[index] += rows
         if self._rows[index] < message.total_rows:
@@ -186,3 +189,14 @@ class ScoreResponseReader:
         message = pb.ScoreResponse()
         parse(message, data)
         return self.add(message)
+
+
+def _hidden(message: pb.ScoreResponse) -> domain.Bits:
+    """[R,H] of a message: 16-bit numbers stay bits, because only GetTeacher names their dtype."""
+    data, numbers = message.hidden_states, message.rows * message.hidden_size
+    if not numbers or len(data) not in (2 * numbers, 4 * numbers):
+        raise errors.TeacherFailed(
+            f"the stream is broken: hidden_states has {len(data)} bytes for [{message.rows}, {message.hidden_size}]"
+        )
+    dtype = "bfloat16" if len(data) == 2 * numbers else "float32"
+    return to_bits(data, dtype).reshape(message.rows, message.hidden_size)

@@ -24,6 +24,8 @@ def encode_teacher(info: domain.TeacherInfo) -> pb.GetTeacherResponse:
         engine=info.engine,
         dtype=info.dtype,
         quantization=info.quantization,
+        hidden_size=info.hidden_size,
+        hidden_dtype=info.hidden_dtype,
     )
 
 
@@ -52,6 +54,8 @@ def decode_teacher(message: pb.GetTeacherResponse) -> domain.TeacherInfo:
         engine=message.engine,
         dtype=message.dtype,
         quantization=message.quantization,
+        hidden_size=message.hidden_size,
+        hidden_dtype=message.hidden_dtype,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from protos.head import Head
 from protos.scores import (
     FinishReason,
     Floats,
@@ -89,7 +90,19 @@ class Backend(Protocol):
         ...
 
     async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
-        """The scores of one sequence, every field that `spec.fields(...)` names; TeacherFailed where it cannot."""
+        """The scores of one sequence, every field that `spec.fields(...)` names; TeacherFailed where it cannot.
+
+        Field.HIDDEN_STATES may only be in `info.fields` where the logits are exactly head @ state (+ bias), summed in
+        float32. Its numbers are finite: nobody else looks at them.
+        """
+        ...
+
+    def head(self, rows: int) -> AsyncIterator[Head]:
+        """The LM head over the first `info.vocab_size` rows as parts of at most `rows` rows, in order.
+
+        In the dtype that the model multiplies. Parts, because two copies of a whole one are gigabytes. Unsupported
+        where Field.HIDDEN_STATES is not in `info.fields`.
+        """
         ...
 
     def generate(

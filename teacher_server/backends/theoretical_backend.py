@@ -88,7 +88,7 @@ class TheoreticalBackend:
             eos_token_ids=text.eos_token_ids,
             limits=limits(options, text.vocab_size, longest),
             modes=text.modes,
-            fields=frozenset(Field),
+            fields=frozenset(Field) - {Field.HIDDEN_STATES},
             can_generate=True,
             engine=ENGINE,
             dtype="float64",

@@ -122,7 +122,7 @@ class TransformersBackend:
             eos_token_ids=text.eos_token_ids,
             limits=limits(options, vocab_size, longest),
             modes=text.modes,
-            fields=frozenset(Field),
+            fields=frozenset(Field) - {Field.HIDDEN_STATES},
             can_generate=True,
             engine=transformers_model.engine_name(),
             dtype=loaded.dtype_name,

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from protos import scores as domain
+from protos.head import Head
 
 ids = st.integers(0, 2**31 - 1)
 finite = st.floats(-1e4, 0, width=32)
@@ -21,6 +22,20 @@ def id_arrays(shape: int | tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
 def float_arrays(shape: int | tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
     """float32 arrays of log-probabilities."""
     return hnp.arrays(np.float32, shape, elements=finite)
+
+
+def bit_arrays(shape: tuple[int, ...]) -> st.SearchStrategy[np.ndarray]:
+    """Hidden states: uint16 bits or float32."""
+    return hnp.arrays(np.uint16, shape) | float_arrays(shape)
+
+
+@st.composite
+def heads(draw: st.DrawFn) -> Head:
+    """LM heads of every dtype, with and without a bias."""
+    dtype = draw(st.sampled_from(sorted(domain.BITS)))
+    rows, width = draw(st.integers(1, 20)), draw(st.integers(1, 5))
+    weight = hnp.arrays(np.uint16, (rows, width)) if domain.BITS[dtype] is np.uint16 else float_arrays((rows, width))
+    return Head(draw(weight), dtype, draw(st.none() | float_arrays(rows)))
 
 
 @st.composite
@@ -53,6 +68,7 @@ def scores(draw: st.DrawFn) -> domain.Scores:
         "candidate_logprobs": draw(float_arrays((t, c))),
         "log_normalizer": draw(float_arrays((t, m))),
         "tail_logprob": draw(float_arrays((t, m))),
+        "hidden_states": draw(bit_arrays((t, k))),
     }
     groups = [
         ["token_logprobs"],
@@ -60,8 +76,9 @@ def scores(draw: st.DrawFn) -> domain.Scores:
         ["candidate_logprobs"],
         ["log_normalizer"],
         ["tail_logprob"],
+        ["hidden_states"],
     ]
-    kept = draw(st.lists(st.sampled_from(range(5)), min_size=1, unique=True))
+    kept = draw(st.lists(st.sampled_from(range(6)), min_size=1, unique=True))
     return domain.Scores(**{name: arrays[name] for group in kept for name in groups[group]})
 
 
@@ -111,6 +128,8 @@ teachers = st.builds(
     engine=text,
     dtype=text,
     quantization=text,
+    hidden_size=st.integers(0, 2**32 - 1),
+    hidden_dtype=text,
 )
 
 

@@ -73,11 +73,22 @@ def test_a_sequence_of_32768_tokens_at_128_alternatives_passes_the_default_limit
     assert sum(sizes) > 8 * LIMIT
 
 
+def test_hidden_states_of_width_4096_pass_the_default_limit() -> None:
+    value = domain.Scores(
+        token_logprobs=np.zeros(1000, np.float32),
+        hidden_states=np.arange(1000 * 4096, dtype=np.uint64).astype(np.uint16).reshape(1000, 4096),
+    )
+    messages = list(codec.encode_scores(0, value))
+    assert max(m.ByteSize() for m in messages) < LIMIT / 4
+    reader = codec.ScoreResponseReader(1)
+    assert same([reader.add(m) for m in messages][-1], (0, value))
+
+
 def messages_of(rows: int = 6) -> list[pb.ScoreResponse]:
     return list(codec.encode_scores(0, domain.Scores(token_logprobs=np.arange(rows, dtype=np.float32)), 8))
 
 
-@pytest.mark.parametrize("fault", ["missing", "doubled", "unknown", "short"])
+@pytest.mark.parametrize("fault", ["missing", "doubled", "unknown", "short", "odd"])
 def test_a_broken_stream_of_scores_is_noticed(fault: str) -> None:
     messages = messages_of()
     if fault == "missing":
@@ -86,6 +97,8 @@ def test_a_broken_stream_of_scores_is_noticed(fault: str) -> None:
         messages.insert(1, messages[0])
     elif fault == "unknown":
         messages[1].index = 7
+    elif fault == "odd":
+        messages[1].hidden_states, messages[1].hidden_size = b"123456", 2
     else:
         messages[1].token_logprobs = b"1234"
     reader = codec.ScoreResponseReader(1)

@@ -34,6 +34,7 @@ from tests.protos.strategies import same, scores
         (lambda: domain.Scores(token_logprobs=np.zeros(2)), r"token_logprobs must be float32\[T\]"),
         (lambda: domain.Scores(log_normalizer=np.zeros(2, np.float32)), r"log_normalizer must be float32\[T,..\]"),
         (lambda: domain.Scores(top_logprobs=np.zeros((2, 1), np.float32)), "come together"),
+        (lambda: domain.Scores(hidden_states=np.zeros((2, 1), np.float16)), r"hidden_states must be float32\[T,..\]"),
         (
             lambda: domain.Scores(token_logprobs=np.zeros(2, np.float32), log_normalizer=np.zeros((3, 1), np.float32)),
             r"different numbers of rows: \[2, 3\]",
@@ -53,7 +54,7 @@ def test_empty_temperatures_mean_one_and_no_candidates_mean_none() -> None:
 def test_fields_follow_from_the_arguments_unless_named() -> None:
     f = domain.Field
     assert domain.ScoreSpec().fields(0) == {f.TOKEN_LOGPROBS, f.LOG_NORMALIZER}
-    assert domain.ScoreSpec(2).fields(3) == set(f)
+    assert domain.ScoreSpec(2).fields(3) == set(f) - {f.HIDDEN_STATES}
     assert domain.ScoreSpec(2, want=frozenset({f.TOP})).fields(3) == {f.TOP}
 
 

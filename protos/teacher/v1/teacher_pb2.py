@@ -24,43 +24,47 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/teacher/v1/teacher.proto\x12\nteacher.v1\"\x13\n\x11GetTeacherRequest\"\xdd\x02\n\x12GetTeacherResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x03 \x01(\t\x12\x15\n\rtemplate_hash\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x17\n\x0fnormalized_size\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\x05\x12\"\n\x06limits\x18\x08 \x01(\x0b\x32\x12.teacher.v1.Limits\x12\x1f\n\x05modes\x18\t \x03(\x0e\x32\x10.teacher.v1.Mode\x12!\n\x06\x66ields\x18\n \x03(\x0e\x32\x11.teacher.v1.Field\x12\x14\n\x0c\x63\x61n_generate\x18\x0b \x01(\x08\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\r\n\x05\x64type\x18\r \x01(\t\x12\x14\n\x0cquantization\x18\x0e \x01(\t\"\x85\x01\n\x06Limits\x12\x17\n\x0fsequence_tokens\x18\x01 \x01(\r\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\r\x12\x16\n\x0erequest_tokens\x18\x04 \x01(\r\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\x14\n\x0ctemperatures\x18\x06 \x01(\r\"l\n\x08Sequence\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x13\n\x0bscore_start\x18\x03 \x01(\r\x12\x15\n\rcandidate_ids\x18\x04 \x01(\x0c\x12\x12\n\ncandidates\x18\x05 \x01(\r\"\x92\x01\n\x0cScoreRequest\x12\'\n\tsequences\x18\x01 \x03(\x0b\x32\x14.teacher.v1.Sequence\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x14\n\x0ctemperatures\x18\x03 \x03(\x02\x12\x1f\n\x04want\x18\x04 \x03(\x0e\x32\x11.teacher.v1.Field\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"\x9b\x02\n\rScoreResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tfirst_row\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x12\n\ntotal_rows\x18\x04 \x01(\r\x12\x16\n\x0etoken_logprobs\x18\x05 \x01(\x0c\x12\x15\n\rtop_token_ids\x18\x06 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\x0c\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\x08 \x01(\x0c\x12\x16\n\x0elog_normalizer\x18\t \x01(\x0c\x12\x14\n\x0ctail_logprob\x18\n \x01(\x0c\x12\r\n\x05top_k\x18\x0b \x01(\r\x12\x12\n\ncandidates\x18\x0c \x01(\r\x12\x14\n\x0ctemperatures\x18\r \x01(\r\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"p\n\x06Prompt\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.teacher.v1.Message\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.teacher.v1.Mode\"\xda\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\x05\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x1b\n\x13max_thinking_tokens\x18\x08 \x01(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xa0\x01\n\x0fGenerateRequest\x12#\n\x07prompts\x18\x01 \x03(\x0b\x32\x12.teacher.v1.Prompt\x12&\n\x08sampling\x18\x02 \x01(\x0b\x32\x14.teacher.v1.Sampling\x12\t\n\x01n\x18\x03 \x01(\r\x12\x10\n\x08logprobs\x18\x04 \x01(\x08\x12\x0e\n\x06stream\x18\x05 \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\"?\n\x10GenerateResponse\x12+\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1b.teacher.v1.CompletionDelta\"\xbb\x01\n\x0f\x43ompletionDelta\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x10\n\x08logprobs\x18\x04 \x01(\x0c\x12\x0c\n\x04text\x18\x05 \x01(\t\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.teacher.v1.FinishReason\x12\x18\n\x10prompt_token_ids\x18\x07 \x01(\x0c*F\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x11\n\rMODE_THINKING\x10\x01\x12\x15\n\x11MODE_NON_THINKING\x10\x02*\x97\x01\n\x05\x46ield\x12\x15\n\x11\x46IELD_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46IELD_TOKEN_LOGPROBS\x10\x01\x12\r\n\tFIELD_TOP\x10\x02\x12\x1c\n\x18\x46IELD_CANDIDATE_LOGPROBS\x10\x03\x12\x18\n\x14\x46IELD_LOG_NORMALIZER\x10\x04\x12\x16\n\x12\x46IELD_TAIL_LOGPROB\x10\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xe8\x01\n\x0eTeacherService\x12K\n\nGetTeacher\x12\x1d.teacher.v1.GetTeacherRequest\x1a\x1e.teacher.v1.GetTeacherResponse\x12@\n\x05Score\x12\x18.teacher.v1.ScoreRequest\x1a\x19.teacher.v1.ScoreResponse(\x01\x30\x01\x12G\n\x08Generate\x12\x1b.teacher.v1.GenerateRequest\x1a\x1c.teacher.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fprotos/teacher/v1/teacher.proto\x12\nteacher.v1\"\x13\n\x11GetTeacherRequest\"\x88\x03\n\x12GetTeacherResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x03 \x01(\t\x12\x15\n\rtemplate_hash\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x17\n\x0fnormalized_size\x18\x06 \x01(\r\x12\x15\n\reos_token_ids\x18\x07 \x03(\x05\x12\"\n\x06limits\x18\x08 \x01(\x0b\x32\x12.teacher.v1.Limits\x12\x1f\n\x05modes\x18\t \x03(\x0e\x32\x10.teacher.v1.Mode\x12!\n\x06\x66ields\x18\n \x03(\x0e\x32\x11.teacher.v1.Field\x12\x14\n\x0c\x63\x61n_generate\x18\x0b \x01(\x08\x12\x0e\n\x06\x65ngine\x18\x0c \x01(\t\x12\r\n\x05\x64type\x18\r \x01(\t\x12\x14\n\x0cquantization\x18\x0e \x01(\t\x12\x13\n\x0bhidden_size\x18\x0f \x01(\r\x12\x14\n\x0chidden_dtype\x18\x10 \x01(\t\"\x85\x01\n\x06Limits\x12\x17\n\x0fsequence_tokens\x18\x01 \x01(\r\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\ncandidates\x18\x03 \x01(\r\x12\x16\n\x0erequest_tokens\x18\x04 \x01(\r\x12\x11\n\tsequences\x18\x05 \x01(\r\x12\x14\n\x0ctemperatures\x18\x06 \x01(\r\"l\n\x08Sequence\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x13\n\x0bscore_start\x18\x03 \x01(\r\x12\x15\n\rcandidate_ids\x18\x04 \x01(\x0c\x12\x12\n\ncandidates\x18\x05 \x01(\r\"\x92\x01\n\x0cScoreRequest\x12\'\n\tsequences\x18\x01 \x03(\x0b\x32\x14.teacher.v1.Sequence\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x14\n\x0ctemperatures\x18\x03 \x03(\x02\x12\x1f\n\x04want\x18\x04 \x03(\x0e\x32\x11.teacher.v1.Field\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\"\xc7\x02\n\rScoreResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x11\n\tfirst_row\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x12\n\ntotal_rows\x18\x04 \x01(\r\x12\x16\n\x0etoken_logprobs\x18\x05 \x01(\x0c\x12\x15\n\rtop_token_ids\x18\x06 \x01(\x0c\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\x0c\x12\x1a\n\x12\x63\x61ndidate_logprobs\x18\x08 \x01(\x0c\x12\x16\n\x0elog_normalizer\x18\t \x01(\x0c\x12\x14\n\x0ctail_logprob\x18\n \x01(\x0c\x12\r\n\x05top_k\x18\x0b \x01(\r\x12\x12\n\ncandidates\x18\x0c \x01(\r\x12\x14\n\x0ctemperatures\x18\r \x01(\r\x12\x15\n\rhidden_states\x18\x0e \x01(\x0c\x12\x13\n\x0bhidden_size\x18\x0f \x01(\r\"%\n\x0eGetHeadRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\"\x88\x01\n\x0fGetHeadResponse\x12\x11\n\tfirst_row\x18\x01 \x01(\r\x12\x0c\n\x04rows\x18\x02 \x01(\r\x12\x12\n\ntotal_rows\x18\x03 \x01(\r\x12\x13\n\x0bhidden_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x0e\n\x06weight\x18\x06 \x01(\x0c\x12\x0c\n\x04\x62ias\x18\x07 \x01(\x0c\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"p\n\x06Prompt\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.teacher.v1.Message\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x1e\n\x04mode\x18\x04 \x01(\x0e\x32\x10.teacher.v1.Mode\"\xda\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x05 \x03(\x05\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x02\x88\x01\x01\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x1b\n\x13max_thinking_tokens\x18\x08 \x01(\rB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"\xa0\x01\n\x0fGenerateRequest\x12#\n\x07prompts\x18\x01 \x03(\x0b\x32\x12.teacher.v1.Prompt\x12&\n\x08sampling\x18\x02 \x01(\x0b\x32\x14.teacher.v1.Sampling\x12\t\n\x01n\x18\x03 \x01(\r\x12\x10\n\x08logprobs\x18\x04 \x01(\x08\x12\x0e\n\x06stream\x18\x05 \x01(\x08\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\"?\n\x10GenerateResponse\x12+\n\x06\x64\x65ltas\x18\x01 \x03(\x0b\x32\x1b.teacher.v1.CompletionDelta\"\xbb\x01\n\x0f\x43ompletionDelta\x12\x14\n\x0cprompt_index\x18\x01 \x01(\r\x12\x14\n\x0csample_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x10\n\x08logprobs\x18\x04 \x01(\x0c\x12\x0c\n\x04text\x18\x05 \x01(\t\x12/\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x18.teacher.v1.FinishReason\x12\x18\n\x10prompt_token_ids\x18\x07 \x01(\x0c*F\n\x04Mode\x12\x14\n\x10MODE_UNSPECIFIED\x10\x00\x12\x11\n\rMODE_THINKING\x10\x01\x12\x15\n\x11MODE_NON_THINKING\x10\x02*\xb0\x01\n\x05\x46ield\x12\x15\n\x11\x46IELD_UNSPECIFIED\x10\x00\x12\x18\n\x14\x46IELD_TOKEN_LOGPROBS\x10\x01\x12\r\n\tFIELD_TOP\x10\x02\x12\x1c\n\x18\x46IELD_CANDIDATE_LOGPROBS\x10\x03\x12\x18\n\x14\x46IELD_LOG_NORMALIZER\x10\x04\x12\x16\n\x12\x46IELD_TAIL_LOGPROB\x10\x05\x12\x17\n\x13\x46IELD_HIDDEN_STATES\x10\x06*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xae\x02\n\x0eTeacherService\x12K\n\nGetTeacher\x12\x1d.teacher.v1.GetTeacherRequest\x1a\x1e.teacher.v1.GetTeacherResponse\x12@\n\x05Score\x12\x18.teacher.v1.ScoreRequest\x1a\x19.teacher.v1.ScoreResponse(\x01\x30\x01\x12G\n\x08Generate\x12\x1b.teacher.v1.GenerateRequest\x1a\x1c.teacher.v1.GenerateResponse0\x01\x12\x44\n\x07GetHead\x12\x1a.teacher.v1.GetHeadRequest\x1a\x1b.teacher.v1.GetHeadResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.teacher.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODE']._serialized_start=1896
-  _globals['_MODE']._serialized_end=1966
-  _globals['_FIELD']._serialized_start=1969
-  _globals['_FIELD']._serialized_end=2120
-  _globals['_FINISHREASON']._serialized_start=2122
-  _globals['_FINISHREASON']._serialized_end=2217
+  _globals['_MODE']._serialized_start=2161
+  _globals['_MODE']._serialized_end=2231
+  _globals['_FIELD']._serialized_start=2234
+  _globals['_FIELD']._serialized_end=2410
+  _globals['_FINISHREASON']._serialized_start=2412
+  _globals['_FINISHREASON']._serialized_end=2507
   _globals['_GETTEACHERREQUEST']._serialized_start=47
   _globals['_GETTEACHERREQUEST']._serialized_end=66
   _globals['_GETTEACHERRESPONSE']._serialized_start=69
-  _globals['_GETTEACHERRESPONSE']._serialized_end=418
-  _globals['_LIMITS']._serialized_start=421
-  _globals['_LIMITS']._serialized_end=554
-  _globals['_SEQUENCE']._serialized_start=556
-  _globals['_SEQUENCE']._serialized_end=664
-  _globals['_SCOREREQUEST']._serialized_start=667
-  _globals['_SCOREREQUEST']._serialized_end=813
-  _globals['_SCORERESPONSE']._serialized_start=816
-  _globals['_SCORERESPONSE']._serialized_end=1099
-  _globals['_MESSAGE']._serialized_start=1101
-  _globals['_MESSAGE']._serialized_end=1141
-  _globals['_PROMPT']._serialized_start=1143
-  _globals['_PROMPT']._serialized_end=1255
-  _globals['_SAMPLING']._serialized_start=1258
-  _globals['_SAMPLING']._serialized_end=1476
-  _globals['_GENERATEREQUEST']._serialized_start=1479
-  _globals['_GENERATEREQUEST']._serialized_end=1639
-  _globals['_GENERATERESPONSE']._serialized_start=1641
-  _globals['_GENERATERESPONSE']._serialized_end=1704
-  _globals['_COMPLETIONDELTA']._serialized_start=1707
-  _globals['_COMPLETIONDELTA']._serialized_end=1894
-  _globals['_TEACHERSERVICE']._serialized_start=2220
-  _globals['_TEACHERSERVICE']._serialized_end=2452
+  _globals['_GETTEACHERRESPONSE']._serialized_end=461
+  _globals['_LIMITS']._serialized_start=464
+  _globals['_LIMITS']._serialized_end=597
+  _globals['_SEQUENCE']._serialized_start=599
+  _globals['_SEQUENCE']._serialized_end=707
+  _globals['_SCOREREQUEST']._serialized_start=710
+  _globals['_SCOREREQUEST']._serialized_end=856
+  _globals['_SCORERESPONSE']._serialized_start=859
+  _globals['_SCORERESPONSE']._serialized_end=1186
+  _globals['_GETHEADREQUEST']._serialized_start=1188
+  _globals['_GETHEADREQUEST']._serialized_end=1225
+  _globals['_GETHEADRESPONSE']._serialized_start=1228
+  _globals['_GETHEADRESPONSE']._serialized_end=1364
+  _globals['_MESSAGE']._serialized_start=1366
+  _globals['_MESSAGE']._serialized_end=1406
+  _globals['_PROMPT']._serialized_start=1408
+  _globals['_PROMPT']._serialized_end=1520
+  _globals['_SAMPLING']._serialized_start=1523
+  _globals['_SAMPLING']._serialized_end=1741
+  _globals['_GENERATEREQUEST']._serialized_start=1744
+  _globals['_GENERATEREQUEST']._serialized_end=1904
+  _globals['_GENERATERESPONSE']._serialized_start=1906
+  _globals['_GENERATERESPONSE']._serialized_end=1969
+  _globals['_COMPLETIONDELTA']._serialized_start=1972
+  _globals['_COMPLETIONDELTA']._serialized_end=2159
+  _globals['_TEACHERSERVICE']._serialized_start=2510
+  _globals['_TEACHERSERVICE']._serialized_end=2812
 # @@protoc_insertion_point(module_scope)

@@ -21,6 +21,7 @@ class Field(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FIELD_CANDIDATE_LOGPROBS: _ClassVar[Field]
     FIELD_LOG_NORMALIZER: _ClassVar[Field]
     FIELD_TAIL_LOGPROB: _ClassVar[Field]
+    FIELD_HIDDEN_STATES: _ClassVar[Field]
 
 class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -36,6 +37,7 @@ FIELD_TOP: Field
 FIELD_CANDIDATE_LOGPROBS: Field
 FIELD_LOG_NORMALIZER: Field
 FIELD_TAIL_LOGPROB: Field
+FIELD_HIDDEN_STATES: Field
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -45,7 +47,7 @@ class GetTeacherRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetTeacherResponse(_message.Message):
-    __slots__ = ("name", "fingerprint", "tokenizer_hash", "template_hash", "vocab_size", "normalized_size", "eos_token_ids", "limits", "modes", "fields", "can_generate", "engine", "dtype", "quantization")
+    __slots__ = ("name", "fingerprint", "tokenizer_hash", "template_hash", "vocab_size", "normalized_size", "eos_token_ids", "limits", "modes", "fields", "can_generate", "engine", "dtype", "quantization", "hidden_size", "hidden_dtype")
     NAME_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_HASH_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +62,8 @@ class GetTeacherResponse(_message.Message):
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_DTYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     fingerprint: str
     tokenizer_hash: str
@@ -74,7 +78,9 @@ class GetTeacherResponse(_message.Message):
     engine: str
     dtype: str
     quantization: str
-    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., template_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., normalized_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., fields: _Optional[_Iterable[_Union[Field, str]]] = ..., can_generate: bool = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
+    hidden_size: int
+    hidden_dtype: str
+    def __init__(self, name: _Optional[str] = ..., fingerprint: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., template_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., normalized_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., modes: _Optional[_Iterable[_Union[Mode, str]]] = ..., fields: _Optional[_Iterable[_Union[Field, str]]] = ..., can_generate: bool = ..., engine: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., hidden_size: _Optional[int] = ..., hidden_dtype: _Optional[str] = ...) -> None: ...
 
 class Limits(_message.Message):
     __slots__ = ("sequence_tokens", "top_k", "candidates", "request_tokens", "sequences", "temperatures")
@@ -121,7 +127,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[Sequence, _Mapping]]] = ..., top_k: _Optional[int] = ..., temperatures: _Optional[_Iterable[float]] = ..., want: _Optional[_Iterable[_Union[Field, str]]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("index", "first_row", "rows", "total_rows", "token_logprobs", "top_token_ids", "top_logprobs", "candidate_logprobs", "log_normalizer", "tail_logprob", "top_k", "candidates", "temperatures")
+    __slots__ = ("index", "first_row", "rows", "total_rows", "token_logprobs", "top_token_ids", "top_logprobs", "candidate_logprobs", "log_normalizer", "tail_logprob", "top_k", "candidates", "temperatures", "hidden_states", "hidden_size")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +141,8 @@ class ScoreResponse(_message.Message):
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_STATES_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     index: int
     first_row: int
     rows: int
@@ -148,7 +156,33 @@ class ScoreResponse(_message.Message):
     top_k: int
     candidates: int
     temperatures: int
-    def __init__(self, index: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., total_rows: _Optional[int] = ..., token_logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., log_normalizer: _Optional[bytes] = ..., tail_logprob: _Optional[bytes] = ..., top_k: _Optional[int] = ..., candidates: _Optional[int] = ..., temperatures: _Optional[int] = ...) -> None: ...
+    hidden_states: bytes
+    hidden_size: int
+    def __init__(self, index: _Optional[int] = ..., first_row: _Optional[int] = ..., rows: _Optional[int] = ..., total_rows: _Optional[int] = ..., token_logprobs: _Optional[bytes] = ..., top_token_ids: _Optional[bytes] = ..., top_logprobs: _Optional[bytes] = ..., candidate_logprobs: _Optional[bytes] = ..., log_normalizer: _Optional[bytes] = ..., tail_logprob: _Optional[bytes] = ..., top_k: _Optional[int] = ..., candidates: _Optional[int] = ..., temperatures: _Optional[int] = ..., hidden_states: _Optional[bytes] = ..., hidden_size: _Optional[int] = ...) -> None: ...
+
+class GetHeadRequest(_message.Message):
+    __slots__ = ("fingerprint",)
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    def __init__(self, fingerprint: _Optional[str] = ...) -> None: ...
+
+class GetHeadResponse(_message.Message):
+    __slots__ = ("first_row", "rows", "total_rows", "hidden_size", "dtype", "weight", "bias")
+    FIRST_ROW_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_ROWS_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    BIAS_FIELD_NUMBER: _ClassVar[int]
+    first_row: int
+    rows: int
+    total_rows: int
+    hidden_size: int
+    dtype: str
+    weight: bytes
+    bias: bytes
+    def __init__(self, first_row: _Optional[int] = ..., rows: _Optional[int] = ..., total_rows: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[str] = ..., weight: _Optional[bytes] = ..., bias: _Optional[bytes] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("role", "content")

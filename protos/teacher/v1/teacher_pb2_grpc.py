@@ -50,6 +50,11 @@ class TeacherServiceStub(object):
                 request_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GetHead = channel.unary_stream(
+                '/teacher.v1.TeacherService/GetHead',
+                request_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GetHeadRequest.SerializeToString,
+                response_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GetHeadResponse.FromString,
+                _registered_method=True)
 
 
 class TeacherServiceServicer(object):
@@ -80,6 +85,16 @@ class TeacherServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetHead(self, request, context):
+        """GetHead returns the LM head over the real vocabulary, row after row. Where a teacher offers hidden states, its
+        logits are exactly head times hidden state (plus bias), products summed in float32, and nothing is applied to them
+        afterwards; whoever holds the head has the whole distribution of each position. It never changes while the
+        fingerprint stays the same, so that a client fetches it once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TeacherServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +112,11 @@ def add_TeacherServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateRequest.FromString,
                     response_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GetHead': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetHead,
+                    request_deserializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GetHeadRequest.FromString,
+                    response_serializer=protos_dot_teacher_dot_v1_dot_teacher__pb2.GetHeadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +201,33 @@ class TeacherService(object):
             '/teacher.v1.TeacherService/Generate',
             protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateRequest.SerializeToString,
             protos_dot_teacher_dot_v1_dot_teacher__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetHead(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/teacher.v1.TeacherService/GetHead',
+            protos_dot_teacher_dot_v1_dot_teacher__pb2.GetHeadRequest.SerializeToString,
+            protos_dot_teacher_dot_v1_dot_teacher__pb2.GetHeadResponse.FromString,
             options,
             channel_credentials,
             insecure,
