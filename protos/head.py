@@ -31,9 +31,9 @@ def held_as(dtype: str) -> type[np.uint16] | type[np.float32]:
     return BITS[dtype]
 
 
-def rows_per_message(hidden_size: int, dtype: str) -> int:
-    """The number of rows whose weight fits ROWS_BYTES, at least 1."""
-    return max(1, ROWS_BYTES // (hidden_size * itemsize(dtype)))
+def rows_per_message(hidden_size: int) -> int:
+    """The number of rows whose weight fits ROWS_BYTES in any dtype, at least 1."""
+    return max(1, ROWS_BYTES // (4 * hidden_size))
 
 
 def widened(bits: Bits, dtype: str) -> Floats:

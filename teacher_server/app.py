@@ -60,7 +60,9 @@ class App:
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
         mib = 1 << 20
-        settings = ServiceSettings(config.queue_tokens, config.queue_sequences, config.cache, config.cache_mib * mib)
+        settings = ServiceSettings(
+            config.queue_tokens, config.queue_sequences, config.cache, config.cache_mib * mib, config.hidden_mib * mib
+        )
         self.service = TeacherService(settings, Metrics())
         authenticator = authenticator or TrustingAuthenticator()
         limit = config.max_request_mib * mib

@@ -137,6 +137,16 @@ def check_request_tokens(tokens: int, info: TeacherInfo) -> None:
         )
 
 
+def check_head(fingerprint: str, info: TeacherInfo) -> None:
+    """Checks a GetHead call: fingerprint, and whether the head is worth anything to a client."""
+    check_fingerprint(fingerprint, info)
+    if Field.HIDDEN_STATES not in info.fields:
+        raise Unsupported(
+            f"this teacher ({info.engine}) does not give hidden states, so its LM head is not given either; it gives "
+            f"{_names(info.fields)}"
+        )
+
+
 def check_fingerprint(expected: str, info: TeacherInfo) -> None:
     """TeacherMismatch where the client expects another teacher; an empty fingerprint expects any."""
     if expected and expected != info.fingerprint:

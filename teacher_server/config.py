@@ -55,6 +55,8 @@ class ServerConfig(BaseModel):
     """Keep scores, and let equal sequences in flight be computed once."""
     cache_mib: int = Field(default=256, ge=0)
     """Memory for kept scores in MiB."""
+    hidden_mib: int = Field(default=4096, ge=1)
+    """Memory for hidden states that clients have not read yet, in MiB; a call that alone needs more is refused."""
     max_message_mib: int = Field(default=64, ge=1, le=2047)
     """Largest single gRPC message that is received, in MiB."""
     max_request_mib: int = Field(default=256, ge=1)

@@ -46,6 +46,9 @@ class Metrics:
             "teacher_submitted_tokens", "Tokens that the engine holds now, by lane.", ["lane"], registry=registry
         )
         self.cache_bytes = Gauge("teacher_cache_bytes", "Bytes of scores in the cache.", registry=registry)
+        self.hidden_bytes = Gauge(
+            "teacher_hidden_bytes", "Bytes reserved for hidden states that clients have not read.", registry=registry
+        )
         self.request_seconds = Histogram(
             "teacher_request_seconds", "Seconds from a call to its end.", ["method"], buckets=SECONDS, registry=registry
         )
@@ -56,10 +59,11 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
-        for method in ("score", "generate"):  # a metric that is there from the start can be alerted on
+        for method in ("score", "generate", "head"):  # a metric that is there from the start can be alerted on
             self.in_flight.labels(method)
             self.request_seconds.labels(method)
-            self.queue_seconds.labels(method)
+        for lane in ("score", "generate"):
+            self.queue_seconds.labels(lane)
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""

@@ -83,18 +83,19 @@ class Scoring:
         self._metrics.queue_seconds.labels("score").observe(self._scheduler.waited(unit))
         try:
             scores = await backend.score(sequence, spec)
-            check_scores(scores, sequence, spec)
+            check_scores(scores, sequence, spec, backend.info.hidden_size)
         except TeacherError:
             raise
         except Exception as error:
             log.exception("the engine failed on a sequence of %s (request %s)", caller.name, caller.request_id)
             raise TeacherFailed from error
         self._metrics.scored_tokens.inc(len(sequence.token_ids))
-        self._cache.put(key, scores)
+        if scores.hidden_states is None:  # one sequence of them would push out the scores of a thousand others
+            self._cache.put(key, scores)
         return scores
 
 
-def check_scores(scores: Scores, sequence: Sequence, spec: ScoreSpec) -> None:
+def check_scores(scores: Scores, sequence: Sequence, spec: ScoreSpec, hidden_size: int) -> None:
     """ValueError where an engine gave another thing than it was asked for, or a number that is not finite."""
     t, m = sequence.positions, len(spec.temperatures)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -103,6 +104,8 @@ def check_scores(scores: Scores, sequence: Sequence, spec: ScoreSpec) -> None:
             shapes["top_token_ids"] = shapes["top_logprobs"] = (t, spec.top_k)
         elif field is Field.TOKEN_LOGPROBS:
             shapes[field.value] = (t,)
+        elif field is Field.HIDDEN_STATES:
+            shapes[field.value] = (t, hidden_size)
         else:
             shapes[field.value] = (t, sequence.candidates if field is Field.CANDIDATE_LOGPROBS else m)
     given = {name: array.shape for name, array in scores.arrays().items()}

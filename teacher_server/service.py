@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from enum import Enum
 
 from protos.errors import Unavailable
+from protos.head import Head, rows_per_message
 from protos.scores import CompletionDelta, GenerateRequest, Ids, Mode, Prompt, ScoreRequest, Scores, TeacherInfo
 from teacher_server import checks
 from teacher_server.auth import Caller
 from teacher_server.backends.base import Backend, TextCodec
 from teacher_server.calls import RETRY_S, Calls
 from teacher_server.generation import Merged, complete, tokenize
+from teacher_server.hidden import HiddenBudget
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
 from teacher_server.scoring import Scoring
@@ -43,6 +45,7 @@ class ServiceSettings:
     queue_sequences: int = 16_384
     cache: bool = True
     cache_bytes: int = 256 << 20
+    hidden_bytes: int = 4096 << 20
 
 
 Landed = asyncio.Queue[tuple[int, asyncio.Task[Scores]]]
@@ -63,8 +66,10 @@ class TeacherService:
         self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences)
         self._score_lane, self._generate_lane = Lane(0), Lane(0)
         self._scoring = Scoring(self._scheduler, self._score_lane, metrics, settings.cache_bytes, settings.cache)
+        self._hidden = HiddenBudget(settings.hidden_bytes)
         metrics.queue_tokens.set_function(lambda: self._scheduler.tokens)
         metrics.queue_sequences.set_function(lambda: self._scheduler.units)
+        metrics.hidden_bytes.set_function(lambda: self._hidden.held)
         metrics.submitted_tokens.labels("score").set_function(lambda: self._score_lane.submitted)
         metrics.submitted_tokens.labels("generate").set_function(lambda: self._generate_lane.submitted)
 
@@ -134,23 +139,34 @@ class TeacherService:
                 check = asyncio.to_thread(checks.check_score, request, backend.info)
                 await call.within(check, "the call unchecked")
                 self._open_backend()
-            known, flights = self._scoring.begin(backend, request, caller)
-            missing = len(flights)
-            landed: Landed = asyncio.Queue()
-            try:
-                for index, flight in flights:
-                    flight.task.add_done_callback(functools.partial(_land, landed, index))
-                for index, scores in known:
-                    yield index, scores
-                while missing:
-                    index, task = await call.within(
-                        landed.get(), f"{missing} of {len(request.sequences)} sequences unanswered"
-                    )
-                    missing -= 1
-                    yield index, task.result()
-            finally:
-                for _, flight in flights:
-                    self._scoring.leave(flight)
+            with self._hidden.hold(request, backend.info) as hold:
+                known, waiting = self._scoring.begin(backend, request, caller)
+                flights, landed = dict(waiting), Landed()
+                del waiting
+                try:
+                    for index, flight in flights.items():
+                        flight.task.add_done_callback(functools.partial(_land, landed, index))
+                    for index, scores in known:
+                        yield index, scores
+                    while flights:
+                        missing = f"{len(flights)} of {len(request.sequences)} sequences unanswered"
+                        index, task = await call.within(landed.get(), missing)
+                        # What has been handed over is let go of: hidden states are large.
+                        self._scoring.leave(flights.pop(index))
+                        yield index, task.result()
+                        hold.release(index)
+                finally:
+                    for flight in flights.values():
+                        self._scoring.leave(flight)
+
+    async def head(self, fingerprint: str, caller: Caller) -> AsyncGenerator[Head, None]:
+        """The LM head in parts that fit one message each; Unsupported where hidden states are not offered."""
+        with self._calls.enter("head", caller) as call:
+            backend = self._open_backend()
+            checks.check_head(fingerprint, backend.info)
+            parts = backend.head(rows_per_message(backend.info.hidden_size))
+            while (part := await call.within(anext(parts, None), "the head incomplete")) is not None:
+                yield part
 
     async def generate(self, request: GenerateRequest, caller: Caller) -> AsyncGenerator[list[CompletionDelta], None]:
         """New pieces of the completions, at most one for each completion in a list; see `score` for checks and end."""

@@ -98,6 +98,9 @@ def assemble(parts: list[dict[str, np.ndarray[Any, Any]]]) -> Scores | None:
     if not joined.pop("finite").all():
         return None
     kinds: dict[str, Any] = {"top_token_ids": np.int32}
-    arrays: dict[str, Any] = {name: array.astype(kinds.get(name, np.float32)) for name, array in joined.items()}
+    arrays: dict[str, Any] = {
+        name: array if name == "hidden_states" else array.astype(kinds.get(name, np.float32))
+        for name, array in joined.items()
+    }
     scores = Scores(**arrays)
     return scores if scores.finite() else None

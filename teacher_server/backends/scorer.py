@@ -17,6 +17,7 @@ from protos.scores import Field, ScoreSpec
 from teacher_server.backends import readout
 from teacher_server.backends.features import Features
 from teacher_server.backends.jobs import Outbox, ScoreJob
+from teacher_server.backends.lm_head import to_bits
 from teacher_server.backends.packing import chunks
 from teacher_server.backends.readout_blocks import Kernels
 
@@ -95,10 +96,22 @@ class Scorer:
             for job, first, last in chunk
             if job.sequence.candidate_ids is not None
         ]
+        if fields == {Field.HIDDEN_STATES}:
+            return _hidden(features)
         device = features.device  # the copies wait for what the device is doing, so they come before the head
         asked = readout.Rows(_int64(targets).to(device), _int64(candidates).to(device) if candidates else None)
         result = readout.read_chunk(self._features.head(features), asked, spec, fields, self._kernels)
-        return {name: tensor.cpu().numpy() for name, tensor in result.items()}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in result.items()}
+        if Field.HIDDEN_STATES in fields:
+            hidden = _hidden(features)
+            arrays |= hidden | {"finite": arrays["finite"] & hidden["finite"]}
+        return arrays
+
+
+def _hidden(features: Tensor) -> dict[str, np.ndarray[Any, Any]]:
+    """The features of R rows as bits, and `finite` bool[R]."""
+    finite = torch.isfinite(features).all(dim=-1)
+    return {"hidden_states": to_bits(features), "finite": finite.cpu().numpy()}
 
 
 def _int64(arrays: list[Any]) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from protos.errors import TeacherFailed, Unavailable
+from protos.head import Head
 from protos.scores import Field, FinishReason, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends.base import Piece, limits
 from teacher_server.backends.byte_text import ByteText
@@ -88,11 +89,13 @@ class TheoreticalBackend:
             eos_token_ids=text.eos_token_ids,
             limits=limits(options, text.vocab_size, longest),
             modes=text.modes,
-            fields=frozenset(Field) - {Field.HIDDEN_STATES},
+            fields=frozenset(Field),
             can_generate=True,
             engine=ENGINE,
             dtype="float64",
             quantization="none",
+            hidden_size=2,
+            hidden_dtype="float32",
         )
 
     @property
@@ -115,6 +118,11 @@ class TheoreticalBackend:
             raise
         self.counters.score_tokens += len(sequence.token_ids)
         return self.ring.score(sequence, spec)
+
+    async def head(self, rows: int) -> AsyncIterator[Head]:
+        """The ring's two columns."""
+        for part in Head(self.ring.head(), "float32").parts(rows):
+            yield part
 
     async def generate(
         self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from protos.scores import TAIL_FLOOR, Field, Ids, Scores, ScoreSpec, Sequence
+from protos.scores import TAIL_FLOOR, Field, Floats, Ids, Scores, ScoreSpec, Sequence
 
 Array = npt.NDArray[np.float64]
 
@@ -29,6 +29,18 @@ class Ring:
         """float64[T,V]: log-probabilities of what follows each of int32[T]."""
         steps = np.arange(self.vocab_size)[None] - 7 * last.astype(np.int64)[:, None] + 0.25
         return np.asarray(self.kappa * np.cos(2 * np.pi * steps / self.vocab_size) - self.log_sum(1.0))
+
+    def head(self) -> Floats:
+        """float32[V,2]: the columns cos and sin of 2 pi v / V, because cos(a - b) = cos a cos b + sin a sin b."""
+        return self._circle(np.arange(self.vocab_size)).astype(np.float32)
+
+    def states(self, last: Ids) -> Floats:
+        """float32[T,2] after each of int32[T]: head @ state are the logits, up to float32's rounding."""
+        return (self.kappa * self._circle(7 * last.astype(np.int64) - 0.25)).astype(np.float32)
+
+    def _circle(self, steps: npt.NDArray[Any]) -> Array:
+        angles = 2 * np.pi * steps / self.vocab_size
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
     def log_sum(self, temperature: float) -> float:
         """log of the sum over v of exp(logit / temperature) = log(V I0(kappa / temperature))."""
@@ -49,6 +61,8 @@ class Ring:
         out: dict[str, Any] = {}
         if Field.TOKEN_LOGPROBS in fields:
             out["token_logprobs"] = np.take_along_axis(l_TV, ids[start:, None], 1)[:, 0]
+        if Field.HIDDEN_STATES in fields:
+            out["hidden_states"] = self.states(ids[start - 1 : -1])
         if Field.CANDIDATE_LOGPROBS in fields and sequence.candidate_ids is not None:
             out["candidate_logprobs"] = np.take_along_axis(l_TV, sequence.candidate_ids, 1)
         order_TV = np.argsort(-l_TV, axis=1, kind="stable")

@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator
 import torch
 
 from protos.errors import TeacherError, Unavailable, Unsupported
+from protos.head import Head
 from protos.scores import Field, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import features as features_module
 from teacher_server.backends import model_files, readout_check, transformers_model
 from teacher_server.backends.base import Piece, limits
 from teacher_server.backends.jobs import GenerateJob, ScoreJob
+from teacher_server.backends.lm_head import LmHead, offered
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.sampling_loop import SamplingLoop
 from teacher_server.backends.scorer import Scorer
@@ -39,6 +41,7 @@ class TransformersBackend:
         self._text: HuggingFaceText | None = None
         self._tags: ThinkTags | None = None
         self._worker: Worker | None = None
+        self._head: LmHead | None = None
 
     @property
     def info(self) -> TeacherInfo:
@@ -78,6 +81,7 @@ class TransformersBackend:
             _LOG.warning("the tokenizer knows %d ids, the model %d; the rest are refused", text.vocab_size, width)
         with torch.inference_mode():
             features = features_module.choose(loaded, vocab_size)
+        self._head = offered(loaded, features, vocab_size)
         kernels = readout_check.choose(loaded.device, vocab_size)
         self._text, self._tags = text, ThinkTags.of(text.think_ids, text.encode(CLOSING_TEXT))
         self._info = self._describe(text, loaded, vocab_size, self._fingerprint(text, loaded))
@@ -122,11 +126,13 @@ class TransformersBackend:
             eos_token_ids=text.eos_token_ids,
             limits=limits(options, vocab_size, longest),
             modes=text.modes,
-            fields=frozenset(Field) - {Field.HIDDEN_STATES},
+            fields=frozenset(Field) - (set() if self._head else {Field.HIDDEN_STATES}),
             can_generate=True,
             engine=transformers_model.engine_name(),
             dtype=loaded.dtype_name,
             quantization=loaded.quantization,
+            hidden_size=self._head.hidden_size if self._head else 0,
+            hidden_dtype=self._head.hidden_dtype if self._head else "",
         )
 
     async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
@@ -138,6 +144,14 @@ class TransformersBackend:
             return await job.future
         finally:
             job.cancelled = True
+
+    async def head(self, rows: int) -> AsyncIterator[Head]:
+        """The LM head; Unsupported where the logits are not exactly its product with the hidden states."""
+        self._running()
+        if self._head is None:
+            raise Unsupported("this model's logits are not its LM head times its hidden states")
+        async for part in self._head.parts(rows):
+            yield part
 
     async def generate(
         self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
@@ -163,7 +177,7 @@ class TransformersBackend:
 
     async def close(self) -> None:
         """Stops the thread after the step that it is in, and frees the model."""
-        worker, self._worker = self._worker, None
+        worker, self._worker, self._head = self._worker, None, None
         if worker is not None:
             await asyncio.to_thread(worker.stop)
             del worker

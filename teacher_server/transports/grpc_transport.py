@@ -30,7 +30,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
-    """The three methods."""
+    """The four methods."""
 
     def __init__(self, service: TeacherService, authenticator: Authenticator, max_request_bytes: int) -> None:
         self._service = service
@@ -77,6 +77,17 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             async with aclosing(self._service.generate(call, caller)) as results:
                 async for deltas in results:
                     yield codec.encode_deltas(deltas)
+        except TeacherError as error:
+            await _abort(context, error, caller)
+
+    async def GetHead(self, request: Any, context: Context) -> AsyncIterator[Any]:
+        """See TeacherService.GetHead."""
+        caller = None
+        try:
+            caller = self._caller(context)
+            async with aclosing(self._service.head(request.fingerprint, caller)) as parts:
+                async for part in parts:
+                    yield codec.encode_head(part)
         except TeacherError as error:
             await _abort(context, error, caller)
 

@@ -16,8 +16,8 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ValidationError
 
 from protos import codec
-from protos.errors import InvalidRequest, Unavailable
-from protos.scores import Completion, CompletionDelta, ScoreRequest, Scores
+from protos.errors import InvalidRequest, Unavailable, Unsupported
+from protos.scores import Completion, CompletionDelta, Field, ScoreRequest, Scores
 from teacher_server.auth import Authenticator, Caller
 from teacher_server.calls import RETRY_S
 from teacher_server.service import TeacherService
@@ -126,6 +126,8 @@ def make_router(http: Http) -> APIRouter:
         with service.decoding("score", caller):
             info, text = service.teacher(), service.text  # now: later the server may be draining
             call = parse(schemas.ScoreBody, body).request(service.tokenize)
+            if Field.HIDDEN_STATES in call.spec.want:
+                raise Unsupported(f"hidden_states are too large for JSON; send the call as {PROTOBUF}")
         scores = await while_connected(request, _all_scores(service, call, caller))
         sequences = [
             schemas.scored(sequence, index, scores[index], text.decode) for index, sequence in enumerate(call.sequences)
@@ -165,6 +167,17 @@ def make_router(http: Http) -> APIRouter:
             for sample, completion in enumerate(row)
         ]
         return json_response({"fingerprint": info.fingerprint, "completions": answers})
+
+    @router.get("/v1/head", response_class=Response, openapi_extra=_binary_answer())
+    async def get_head(request: Request, fingerprint: str = "") -> Response:
+        """The LM head over the real vocabulary, as frames of teacher.v1.GetHeadResponse; see hidden_states."""
+        return await stream(
+            request,
+            service.head(fingerprint, http.caller(request)),
+            lambda part: [codec.frame(codec.encode_head(part).SerializeToString())],
+            media_type=PROTOBUF,
+            on_error=codec.frame_error,
+        )
 
     @router.get("/health", tags=["operation"])
     async def health() -> PlainTextResponse:

@@ -111,7 +111,7 @@ class ScoreBody(Body):
     temperatures: list[float] = []
     """Temperatures of log_normalizer and tail_logprob; empty means 1 alone."""
     want: list[domain.Field] = []
-    """Fields to return; empty means all that the call has arguments for."""
+    """Fields to return; empty means all that the call has arguments for. hidden_states come as protobuf only."""
     fingerprint: str = ""
     """Fingerprint that you expect; empty means any."""
 
@@ -294,6 +294,8 @@ class TeacherAnswer(BaseModel):
     engine: str
     dtype: str
     quantization: str
+    hidden_size: int
+    hidden_dtype: str
 
 
 def teacher(info: domain.TeacherInfo) -> TeacherAnswer:

@@ -15,6 +15,7 @@ import numpy as np
 from grpc_status import rpc_status
 
 from protos import codec, errors
+from protos.head import Head
 from protos.scores import (
     Completion,
     CompletionDelta,
@@ -85,6 +86,13 @@ class GrpcWire:
         assert reader.missing == 0
         return [results[index] for index in range(len(request.sequences))]
 
+    def head(self, fingerprint: str = "") -> Head:
+        """GetHead, put together."""
+        try:
+            return whole(map(codec.decode_head, self._stub.GetHead(pb.GetHeadRequest(fingerprint=fingerprint))))
+        except grpc.RpcError as error:
+            raise self._fail(error) from None
+
     def deltas(self, request: GenerateRequest) -> Iterator[list[CompletionDelta]]:
         """Generate."""
         try:
@@ -154,6 +162,13 @@ class HttpWire:
                 results[done[0]] = done[1]
         assert reader.missing == 0
         return [results[index] for index in range(len(request.sequences))]
+
+    def head(self, fingerprint: str = "") -> Head:
+        """GET /v1/head, put together."""
+        with self._client.stream("GET", "/v1/head", params={"fingerprint": fingerprint}) as response:
+            if response.status_code != 200:
+                raise self._fail(response)
+            return whole(map(codec.decode_head_bytes, codec.unframe(response.iter_bytes())))
 
     def deltas(self, request: GenerateRequest) -> Iterator[list[CompletionDelta]]:
         """POST /v1/generate."""
@@ -261,6 +276,16 @@ class JsonWire(HttpWire):
 
 Wire = GrpcWire | HttpWire | JsonWire
 WIRES: dict[str, Callable[..., Wire]] = {"grpc": GrpcWire, "http": HttpWire, "json": JsonWire}
+
+
+def whole(parts: Iterator[Head]) -> Head:
+    """The head of a stream of its parts."""
+    reader = codec.HeadReader()
+    found = [reader.add(part) for part in parts]
+    reader.finish()
+    biases = [part.bias for part in found if part.bias is not None]
+    weight = np.concatenate([part.weight for part in found])
+    return Head(weight, found[0].dtype, np.concatenate(biases) if biases else None)
 
 
 def gather(request: GenerateRequest, stream: Iterator[list[CompletionDelta]]) -> list[list[Completion]]:
