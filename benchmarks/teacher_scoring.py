@@ -43,7 +43,7 @@ def main() -> int:
     if arguments.plot:
         from benchmarks.scoring import plot
 
-        plot.draw(results[0], arguments.plot)
+        plot.draw(results, arguments.plot)
     return int(any(bar.verdict == "FAIL" for result in results for bar in report.bars(result)))
 
 
