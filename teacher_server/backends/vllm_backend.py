@@ -13,18 +13,23 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from protos.errors import TeacherFailed, Unavailable, Unsupported
+from protos.head import Head, held_as, itemsize
 from protos.scores import Field, Floats, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import model_files, vllm_check, vllm_options
 from teacher_server.backends.base import Piece, limits
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.text import HuggingFaceText
 from teacher_server.backends.thinking import CLOSING_TEXT, ThinkTags
-from teacher_server.backends.vllm_engine import Engine, set_environment
+from teacher_server.backends.vllm_engine import MAX_TEMPERATURE, MIN_TEMPERATURE, Engine, set_environment
 from teacher_server.backends.vllm_generation import Wish, completion
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT_SEQUENCE_TOKENS = 32768
+_HEAD_BYTES = 1 << 26
+"""Bytes of the head that the workers are asked for at a time."""
 
 
 class VllmBackend:
@@ -96,6 +101,8 @@ class VllmBackend:
                 engine=f"vllm {self._version}",
                 dtype=dtype,
                 quantization=str(resolved.quantization or "none"),
+                hidden_size=int(found["hidden_size"]) if Field.HIDDEN_STATES in reader.fields else 0,
+                hidden_dtype=str(found["hidden_dtype"]) if Field.HIDDEN_STATES in reader.fields else "",
             )
         except BaseException:
             parts.cancel()
@@ -123,11 +130,37 @@ class VllmBackend:
         """The scores of one sequence; the engine batches what is submitted at the same time."""
         return await self._ready()[1].score(sequence, spec)
 
+    async def head(self, rows: int) -> AsyncIterator[Head]:
+        """The LM head in parts of `rows` rows; the workers that hold a shard of it each send theirs."""
+        engine, _ = self._ready()
+        info = self.info
+        if Field.HIDDEN_STATES not in info.fields:
+            raise Unsupported("this teacher's logits are not a plain product with an LM head; score top_k instead")
+        step = max(1, _HEAD_BYTES // (info.hidden_size * itemsize(info.hidden_dtype)) // rows) * rows
+        for first in range(0, info.vocab_size, step):
+            last = min(info.vocab_size, first + step)
+            held = [part for part in await engine.call("teacher_head_rows", first, last) if part is not None]
+            held.sort(key=lambda part: int(part[0]))
+            raw, bias = b"".join(part[1] for part in held), b"".join(part[2] for part in held)
+            weight = np.frombuffer(raw, held_as(info.hidden_dtype)).reshape(-1, info.hidden_size)
+            if len(weight) != last - first:
+                raise TeacherFailed from RuntimeError(
+                    f"the workers hold {len(weight)} of {last - first} rows of the head"
+                )
+            biases = np.frombuffer(bias, np.float32) if bias else None
+            for part in Head(weight, info.hidden_dtype, biases, first, info.vocab_size - last).parts(rows):
+                yield part
+
     async def generate(
         self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
     ) -> AsyncIterator[list[Piece]]:
         """Pieces of the n completions of int32[P], which share its prefill through the engine's prefix cache."""
         engine, _ = self._ready()
+        if sampling.temperature > MAX_TEMPERATURE or 0 < sampling.temperature < MIN_TEMPERATURE:
+            raise Unsupported(
+                f"vLLM samples at temperature 0 or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, "
+                f"got {sampling.temperature:g}"
+            )
         if sampling.max_thinking_tokens and self._tags is None:
             raise Unsupported(
                 "max_thinking_tokens needs <think> and </think> as single tokens; this tokenizer has none"

@@ -25,6 +25,8 @@ _LOG = logging.getLogger(__name__)
 
 RETRY_S = 5.0
 CLOSE_S = 20.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
+"""What vLLM samples at, beside 0; it would raise a lower temperature without a word and refuses a higher one."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Tokens:
 
 def set_environment() -> None:
     """What vLLM reads when it is imported: it may not fork a process that runs gRPC, and it tells nobody about us."""
-    os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
@@ -46,7 +48,7 @@ class Engine:
     """Made by `start`; every method may raise Unavailable once the engine has died."""
 
     def __init__(self, llm: Any, kept: bool) -> None:
-        self._llm = llm
+        self._llm: Any = llm
         self._serial = itertools.count()
         self.keeps_tensors = kept
         """Whether log-probabilities of prompts arrive as tensors."""
@@ -62,17 +64,17 @@ class Engine:
     @property
     def config(self) -> Any:
         """The VllmConfig as the engine resolved it."""
-        return self._llm.vllm_config
+        return self._running().vllm_config
 
     @property
     def alive(self) -> bool:
         """Whether its processes run."""
-        return not self._llm.errored
+        return self._llm is not None and not self._llm.errored
 
     async def call(self, method: str, *arguments: Any) -> list[Any]:
         """What a method of TeacherWorker gives in each worker."""
         with self._errors():
-            return list(await self._llm.collective_rpc(method, args=arguments))
+            return list(await self._running().collective_rpc(method, args=arguments))
 
     async def ask(self, token_ids: Ids, extra_args: dict[str, Any] | None, **options: Any) -> Any:
         """The output of one prompt int32[N] that is read and not continued; `options` are SamplingParams' own."""
@@ -89,7 +91,7 @@ class Engine:
         )
         output = None
         with self._errors():
-            async for part in self._llm.generate(_prompt(token_ids), params, self._name()):
+            async for part in self._running().generate(_prompt(token_ids), params, self._name()):
                 output = part
         if output is None:
             raise TeacherFailed from RuntimeError("the engine ended a prompt without an output")
@@ -123,7 +125,7 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         )
-        outputs = self._llm.generate(_prompt(token_ids), params, self._name())
+        outputs = self._running().generate(_prompt(token_ids), params, self._name())
         try:
             with self._errors():
                 async for output in outputs:
@@ -138,10 +140,18 @@ class Engine:
 
     async def close(self) -> None:
         """Ends the engine's processes; those that do not end in CLOSE_S seconds are killed."""
-        handler = self._llm.output_handler
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        handler = llm.output_handler
         if handler is not None:
             handler.cancel()  # it would log the end of the processes as an error
-        await asyncio.to_thread(self._llm.shutdown, timeout=CLOSE_S)
+        await asyncio.to_thread(llm.shutdown, timeout=CLOSE_S)
+
+    def _running(self) -> Any:
+        if self._llm is None:
+            raise Unavailable("the engine was stopped; retry later", retry_after_s=RETRY_S)
+        return self._llm
 
     def _name(self) -> str:
         return str(next(self._serial))

@@ -25,14 +25,16 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class LmHead:
-    """`direct` turns states [R,H] into float32 logits of the ids from `first_id` on, else None; `plain` the model's own.
+    """`direct` turns states [R,H] into float32 logits of the ids from `first_id` on; `plain` is the model's own way.
 
-    `weight` [shard's V,H] is there where `direct` is. `group` joins the shards of tensor parallelism.
+    `direct` and `weight` [shard's V,H] are None where logits are not simply their product. `group` joins the shards of
+    tensor parallelism.
     """
 
     plain: HeadFn
     direct: HeadFn | None
     weight: Tensor | None
+    bias: Tensor | None
     first_id: int
     vocab_size: int
     kernels: Kernels
@@ -48,14 +50,14 @@ class LmHead:
         if group.world_size > 1 and head is not None:
             held = head.shard_indices
             first, last = int(held.org_vocab_start_index), min(vocab_size, int(held.org_vocab_end_index))
-        direct = None
+        direct, bias = None, getattr(head, "bias", None)
         if isinstance(weight, Tensor) and weight.ndim == 2 and weight.is_floating_point():
-            direct = _direct(weight, getattr(head, "bias", None), max(0, last - first))
+            direct = _direct(weight, bias, max(0, last - first))
         if not _all(group, direct is not None and _agree(direct, plain, weight, slice(first, last)), device):
             _LOG.warning("the LM head is quantised or the model changes its logits: scores come from the engine's own")
-            return LmHead(plain, None, None, 0, vocab_size, kernels, group)
+            return LmHead(plain, None, None, None, 0, vocab_size, kernels, group)
         assert weight is not None
-        return LmHead(plain, direct, weight[: max(0, last - first)], first, vocab_size, kernels, group)
+        return LmHead(plain, direct, weight[: max(0, last - first)], bias, first, vocab_size, kernels, group)
 
     def read(
         self, states_RH: Tensor, rows: Rows, spec: ScoreSpec, fields: frozenset[Field], *, plain: bool
@@ -73,13 +75,14 @@ class LmHead:
         packed_SRW = self.group.all_gather(packed_RW, dim=0).unflatten(0, (self.group.world_size, -1))
         return merge(packed_SRW, spec, fields, candidates)
 
-    def rows(self, first: int, last: int) -> tuple[int, bytes] | None:
-        """(first id, bytes) of the weight's rows first..last-1 that this worker holds; None without a weight."""
+    def rows(self, first: int, last: int) -> tuple[int, bytes, bytes] | None:
+        """(first id, bytes of the weight, of the bias) of the rows first..last-1 held here; None without a weight."""
         if self.weight is None:
             return None
         begin = max(first, self.first_id)
-        part = self.weight[begin - self.first_id : max(begin, last) - self.first_id]
-        return begin, part.contiguous().cpu().view(torch.uint8).numpy().tobytes()
+        held = slice(begin - self.first_id, max(begin, last) - self.first_id)
+        bias = b"" if self.bias is None else self.bias[held].float().cpu().numpy().tobytes()
+        return begin, self.weight[held].contiguous().cpu().view(torch.uint8).numpy().tobytes(), bias
 
 
 def _find(model: Any) -> Any:

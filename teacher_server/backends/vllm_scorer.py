@@ -18,7 +18,9 @@ from torch import Tensor
 from protos.scores import Field, ScoreSpec
 from teacher_server.backends import packing
 from teacher_server.backends.readout import Rows
-from teacher_server.backends.vllm_wire import Question
+from teacher_server.backends.vllm_wire import FINITE, Question
+
+_STATES_ALONE = frozenset({Field.HIDDEN_STATES})
 
 
 class Reader(Protocol):
@@ -119,7 +121,9 @@ class PromptScorer:
             question = prompt.question
             if prompt.states is not None and len(prompt.states):
                 prompt.states[part.first : part.last] = part.hidden
-            if question.columns:
+                assert prompt.numbers is not None
+                prompt.numbers[part.first : part.last, prompt.columns[FINITE]] = part.hidden.sum(1, True) * 0
+            if question.fields != _STATES_ALONE:
                 key = (question.spec, question.fields, question.candidates, question.plain)
                 groups[key].append(part)
         for group in groups.values():
@@ -153,6 +157,8 @@ class PromptScorer:
             assert prompt.ids is not None
             assert prompt.numbers is not None
             for name, columns in prompt.columns.items():
+                if name == FINITE:
+                    continue
                 values = result[name][first:last]
                 prompt.numbers[part.first : part.last, columns] = values[:, None] if values.ndim == 1 else values
             if question.id_columns:

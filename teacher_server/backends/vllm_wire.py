@@ -18,6 +18,8 @@ from protos.scores import Field, Ids, Scores, ScoreSpec, Sequence
 
 KEY = "strong2weak"
 """Name of the question among a request's extra arguments."""
+FINITE = "finite"
+"""A column beside hidden states: 0 where all of the row are finite, else NaN."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +87,7 @@ class Question:
             (Field.CANDIDATE_LOGPROBS, "candidate_logprobs", self.candidates),
             (Field.LOG_NORMALIZER, "log_normalizer", m),
             (Field.TAIL_LOGPROB, "tail_logprob", m),
+            (Field.HIDDEN_STATES, FINITE, 1),
         )
         return [(name, width) for field, name, width in widths if field in self.fields]
 
@@ -102,13 +105,19 @@ class Answer(NamedTuple):
     states: npt.NDArray[Any]
 
     def scores(self, question: Question) -> Scores:
-        """The fields of the answer, each with memory of its own."""
+        """The fields of the answer, each with memory of its own; ValueError where hidden states are not finite."""
         arrays: dict[str, Any] = {}
         first = 0
         for name, width in question.columns:
             part = self.numbers[:, first : first + width]
-            arrays[name] = np.ascontiguousarray(part[:, 0] if name == "token_logprobs" else part, dtype=np.float32)
             first += width
+            if name == FINITE:
+                if not np.isfinite(part).all():
+                    raise ValueError("the engine gave hidden states that are not finite")
+                continue
+            arrays[name] = np.ascontiguousarray(part[:, 0] if name == "token_logprobs" else part, dtype=np.float32)
         if question.id_columns:
             arrays["top_token_ids"] = np.ascontiguousarray(self.ids, dtype=np.int32)
+        if Field.HIDDEN_STATES in question.fields:
+            arrays["hidden_states"] = np.array(self.states)
         return Scores(**arrays)

@@ -43,10 +43,12 @@ class TeacherWorker:
             runner.prompt_logprobs_worker = _RunnerV2(runner.prompt_logprobs_worker, scorer)
             return found | {"runner": "v2"}
         runner._get_prompt_logprobs_dict = _RunnerV1(runner, scorer)
+        if device.type == "cpu":
+            runner.input_batch.generators = _Generators()
         return found | {"runner": "v1"}
 
-    def teacher_head_rows(self, first: int, last: int) -> tuple[int, bytes] | None:
-        """(first row held here, its and the next rows' bytes) of the LM head's rows first..last-1; None without any."""
+    def teacher_head_rows(self, first: int, last: int) -> tuple[int, bytes, bytes] | None:
+        """(first row held here, bytes of the weight, of the bias) of the LM head's rows first..last-1; None without."""
         head = self.teacher_lm_head
         return None if head is None else head.rows(first, last)
 
@@ -174,6 +176,28 @@ class _RunnerV1:
     def _forget(self, name: str) -> None:
         self._scorer.remove(name)
         self._tokens.pop(name, None)
+
+
+class _Generator(torch.Generator):
+    """A CPU's generator that can be wound back to its beginning in the words that CUDA's have for it.
+
+    The older runner winds back the seeded generator of a request whose prompt was only read in part; a CPU's has no
+    offset, and the engine would die of it. Nothing of such a request was sampled, so the beginning is right.
+    """
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> torch.Generator:
+        return self.manual_seed(self.initial_seed())
+
+
+class _Generators(dict[int, torch.Generator]):
+    def __setitem__(self, index: int, generator: torch.Generator) -> None:
+        if not isinstance(generator, _Generator):
+            state, generator = generator.get_state(), _Generator()
+            generator.set_state(state)
+        super().__setitem__(index, generator)
 
 
 def _part(

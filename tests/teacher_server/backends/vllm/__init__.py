@@ -1,0 +1,1 @@
+"""Tests against the real vLLM; they need its own environment: `make test-vllm`."""
