@@ -22,6 +22,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         raise SystemExit("--plot needs matplotlib: pip install 'strong2weak[benchmarks]'") from None
     matplotlib.use("agg")
     matplotlib.rcParams["svg.hashsalt"] = "strong2weak"  # equal results give equal files
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
     heights = [REST_IN + BAR_IN * len(_measured(result)) for result in results]
@@ -52,9 +53,10 @@ def _panel(axes: Any, result: dict[str, Any]) -> None:
         color=[COLOURS.get(row["path"], OTHER) for row in rows],
         error_kw={"elinewidth": 0.8, "capsize": 2},
     )
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     for index, row in enumerate(rows):
         share = f"  {row['tokens_per_s'] / prefill['tokens_per_s']:.0%}" if prefill else ""
-        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
+        place = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8, "bbox": behind}
         axes.annotate(f"{row['tokens_per_s']:,.0f}{share}", (row["highest"], index), **place)
     if prefill:
         axes.axvline(prefill["tokens_per_s"], color="#b3261e", linewidth=1, linestyle="--", zorder=0)

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,12 @@ def running(arguments: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left of the group, an engine that still holds its GPU for instance."""
+    """Ends what is left of the group, an engine that still holds its GPU for instance, and waits until it is gone."""
     end = time.monotonic() + END_S
-    while time.monotonic() < end:
-        try:
+    while any(p.group == process.pid and not p.ended for p in _all().values()) and time.monotonic() < end:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            break
-        process.poll()
-        time.sleep(0.1)
+        time.sleep(0.05)
     process.wait(END_S)
 
 
@@ -85,21 +83,35 @@ def tail(log: Path) -> str:
     return "\n".join(log.read_text("utf-8", "replace").splitlines()[-TAIL_LINES:])
 
 
+@dataclass(frozen=True)
+class _Process:
+    parent: int
+    group: int
+    ended: bool
+    """Whether it only waits for its parent to notice its end."""
+    cpu_s: float
+
+
+def _all() -> dict[int, _Process]:
+    """Every process of this machine by its id, from /proc/PID/stat (proc(5) numbers its fields)."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with suppress(OSError):  # it has ended meanwhile
+                state, *fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                cpu_s = (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK")
+                found[int(folder.name)] = _Process(int(fields[0]), int(fields[1]), state in "ZX", cpu_s)
+    return found
+
+
 def cpu_seconds(pid: int) -> tuple[float, float]:
     """CPU seconds of a process so far, and of all its living descendants together (a server's engine)."""
-    spent, parents = {}, {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        with suppress(OSError):
-            numbers = (folder / "stat").read_text().rpartition(")")[2].split()
-            parents[int(folder.name)] = int(numbers[1])
-            spent[int(folder.name)] = (int(numbers[11]) + int(numbers[12])) / os.sysconf("SC_CLK_TCK")
+    running = _all()
     below, found = 0.0, {pid}
     while found:
-        found = {child for child, parent in parents.items() if parent in found and child != pid}
-        below += sum(spent[child] for child in found)
-    return spent.get(pid, 0.0), below
+        found = {child for child, process in running.items() if process.parent in found}
+        below += sum(running[child].cpu_s for child in found)
+    return running[pid].cpu_s if pid in running else 0.0, below
 
 
 def in_process(function: Callable[..., Any], seconds: float, *arguments: Any) -> Any:

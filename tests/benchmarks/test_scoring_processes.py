@@ -39,5 +39,5 @@ def test_a_groups_children_end_with_it_and_their_cpu_time_is_told_apart(tmp_path
             time.sleep(0.05)
         own, below = processes.cpu_seconds(process.pid)
         assert own < below
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert processes.cpu_seconds(process.pid) == (0.0, 0.0)
+    assert not [p for p in processes._all().values() if p.group == process.pid and not p.ended]
