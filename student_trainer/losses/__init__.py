@@ -1,13 +1,15 @@
 """Distillation losses: pure functions of tensors, with torch and nothing else.
 
 `distillation_loss` is what a stage calls: hidden states, head, targets and an objective in, a loss and metrics out,
-in chunks of positions. `targets` holds what the teacher said, `divergences` and `sampled` the formulas, `objective`
-puts them together, `chunked` and `head` compute them without the logits of all positions, `reference` on whole logits.
+in chunks of positions. `targets` holds what the teacher said, `full` what its whole distribution is made of,
+`divergences` and `sampled` the formulas, `objective` puts them together, `chunked` and `head` compute them without the
+logits of all positions, `reference` on whole logits.
 docs/losses.md says why each is right.
 """
 
-from .chunked import LossOutput, distillation_loss, distillation_loss_from_logits, student_top_k
+from .chunked import LossOutput, Targets, distillation_loss, distillation_loss_from_logits, student_top_k
 from .divergences import SOFT_LOSSES, forward_kl, generalized_jsd, reverse_kl
+from .full import FullTargets, exact_logits
 from .head import Head
 from .objective import LOSSES, Metrics, Objective
 from .reference import cross_entropy, full_divergence, reference_loss, soft_loss, student_buckets
@@ -21,14 +23,17 @@ __all__ = [
     "SOFT_LOSSES",
     "TAIL_FLOOR",
     "Buckets",
+    "FullTargets",
     "Head",
     "LossOutput",
     "Metrics",
     "Objective",
+    "Targets",
     "TeacherTargets",
     "cross_entropy",
     "distillation_loss",
     "distillation_loss_from_logits",
+    "exact_logits",
     "forward_kl",
     "full_divergence",
     "generalized_jsd",

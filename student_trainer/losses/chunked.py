@@ -21,13 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .full import FullTargets, full_chunk
 from .head import Gradients, Head, Projector, check_fit, real_size
 from .objective import Metrics, Objective, Readout, evaluate
 from .targets import TAIL_FLOOR, Buckets, TeacherTargets
 
 CHUNK_BYTES = 2**29
-"""Size of a chunk's logits in float32, from which the default number of positions follows (883 for Qwen3). The largest
-moment of a chunk is up to three such arrays; beside it stand the head's gradient in float32 and one in its own dtype.
+"""Size of a chunk's logits in float32, from which the default number of positions follows (883 for Qwen3; half as many
+with full targets). The largest moment of a chunk is up to three such arrays, or seven of half the size; beside it stand
+the head's gradient in float32 and one in its own dtype.
 """
 
 
@@ -64,6 +66,10 @@ def _chunks(n: int, width: int, chunk_size: int | None) -> Iterator[slice]:
     return (slice(first, min(first + size, n)) for first in range(0, n, size))
 
 
+Targets = TeacherTargets | FullTargets
+"""What the teacher said: a support and its tail, or what its whole distribution is made of."""
+
+
 def _column(ids_n: Tensor) -> Tensor:
     return ids_n[:, None]
 
@@ -71,13 +77,15 @@ def _column(ids_n: Tensor) -> Tensor:
 def _chunk(
     projector: Projector,
     rows: slice,
-    targets: TeacherTargets,
+    targets: Targets,
     objective: Objective,
     weights_n: Tensor,
     rollout_logprobs_n: Tensor | None,
     need_grad: bool,
 ) -> tuple[Tensor, Metrics, Tensor | None]:
     """(float[n] values, metrics, float[n,V] gradient of their weighted sum by the logits, or None)."""
+    if isinstance(targets, FullTargets):
+        return full_chunk(projector, rows, targets, objective, weights_n, need_grad)
     temperature, ids_nK, token_n = targets.temperature, targets.ids_NK, targets.token_ids_N
     # Centred before anything else: log-probabilities then carry no rounding from the size of the logits.
     z_nV = projector.logits(rows)
@@ -131,7 +139,7 @@ def _chunk(
 def _check(
     x: Tensor,
     vocab_size: int,
-    targets: TeacherTargets,
+    targets: Targets,
     weights_N: Tensor | None,
     rollout_N: Tensor | None,
     validate: bool,
@@ -142,8 +150,10 @@ def _check(
     for name, tensor in (("weights_N", weights_N), ("rollout_logprobs_N", rollout_N)):
         if tensor is not None and list(tensor.shape) != [n]:
             raise ValueError(f"{name} must have shape [{n}], got {list(tensor.shape)}")
-    if targets.ids_NK.device != x.device:
-        raise ValueError(f"the targets are on {targets.ids_NK.device}, the student is on {x.device}")
+    if targets.device != x.device:
+        raise ValueError(f"the targets are on {targets.device}, the student is on {x.device}")
+    if isinstance(targets, FullTargets) and targets.head.weight_VH.device != x.device:
+        raise ValueError(f"the teacher's head is on {targets.head.weight_VH.device}, the student is on {x.device}")
     if not validate:
         return
     targets.check(vocab_size)
@@ -165,7 +175,7 @@ def _run(
     x: Tensor,
     head: Head | None,
     vocab_size: int,
-    targets: TeacherTargets,
+    targets: Targets,
     objective: Objective,
     weights_N: Tensor | None,
     rollout_N: Tensor | None,
@@ -186,7 +196,8 @@ def _run(
     loss, parts = weights.new_zeros(()), []
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         # No position still makes one empty chunk, so that every metric is there.
-        for rows in [*_chunks(len(x), projector.width, chunk_size)] or [slice(0, 0)]:
+        width = (2 if isinstance(targets, FullTargets) else 1) * projector.width
+        for rows in [*_chunks(len(x), width, chunk_size)] or [slice(0, 0)]:
             rollout_n = None if rollout_N is None else rollout_N[rows].detach()
             part = targets.rows(rows.start, rows.stop)
             w_n = weights[rows] / scale
@@ -204,7 +215,7 @@ def _run(
 def distillation_loss(
     hidden_NH: Tensor,
     head: Head,
-    targets: TeacherTargets,
+    targets: Targets,
     objective: Objective,
     *,
     weights_N: Tensor | None = None,
@@ -231,7 +242,7 @@ def distillation_loss(
 
 def distillation_loss_from_logits(
     logits_NV: Tensor,
-    targets: TeacherTargets,
+    targets: Targets,
     objective: Objective,
     *,
     vocab_size: int | None = None,

@@ -1,4 +1,4 @@
-"""A student's LM head, applied to some positions at a time: logits forth, gradients back.
+"""An LM head; and a student's, applied to some positions at a time: logits forth, gradients back.
 
 Knows no loss and no teacher. Legend: N positions, n positions of a chunk, H hidden size, V logits of one position
 (padding included).
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """A student's LM head: the whole, gathered `weight_VH` float[V,H], `bias_V` float[V] or None, and the real
+    """An LM head: the whole, gathered `weight_VH` float[V,H], `bias_V` float[V] or None, and the real
     vocabulary.
 
     Rows from `vocab_size` on are padding: they get no probability and no gradient (None: all rows are real). A weight
@@ -32,6 +32,12 @@ class Head:
         if self.bias_V is not None and list(self.bias_V.shape) != [width]:
             raise ValueError(f"bias_V must have shape [{width}], got {list(self.bias_V.shape)}")
         real_size(self.vocab_size, width)
+
+    def to(self, device: torch.device | str) -> Head:
+        """The same on another device, or itself where it is there."""
+        weight_VH = self.weight_VH.to(device)
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return self if weight_VH is self.weight_VH else Head(weight_VH, bias_V, self.vocab_size)
 
 
 def real_size(vocab_size: int | None, width: int) -> int:

@@ -118,6 +118,11 @@ class TeacherTargets:
     def __len__(self) -> int:
         return int(self.ids_NK.shape[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.ids_NK.device
+
     def rows(self, first: int, last: int) -> TeacherTargets:
         """Positions first..last-1, without copying."""
         return self._with({name: tensor[first:last] for name, tensor in self._tensors().items()})
