@@ -38,6 +38,10 @@ def table_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     """The fields of one pydantic model as rows: key, type, default, meaning."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            rows += table_of(inner, f"{prefix}{name}.")[2:]
+            continue
         default = field.get_default(call_default_factory=True)
         shown = "none" if default is None else "" if default == "" else f"`{default}`"
         meaning = cell(field.description or "")
@@ -82,7 +86,10 @@ def configuration_page() -> str:
         "",
         "A value comes from the command line, else from the environment (`TEACHER_KEY`), else from",
     ]
-    lines += ["`--config FILE` (YAML), else from the default.", ""]
+    lines += [
+        "`--config FILE` (YAML), else from the default. `section.key` of a file is `--section-key` on the command line"
+    ]
+    lines += ["and `TEACHER_SECTION_KEY` in the environment.", ""]
     lines += ["```text", help_text(["-m", "teacher_server"]), "```", "", *table_of(ServerConfig), ""]
     return "\n".join(lines)
 

@@ -7,11 +7,20 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import fields
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from teacher_server.backends.options import Attention, BackendName, BackendOptions, DeviceName, DtypeName, Quantization
+
+
+class VllmConfig(BaseModel):
+    """Settings of the vLLM backend alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of vLLM's engine as they are, such as {"tensor_parallel_size": 8}; unknown ones are refused."""
 
 
 class ServerConfig(BaseModel):
@@ -39,6 +48,8 @@ class ServerConfig(BaseModel):
     """Longest sequence, or prompt and completion together, in tokens; unset means the model's own limit."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens of one engine step; unset means the engine's default."""
+    vllm: VllmConfig = VllmConfig()
+    """The vLLM backend's own settings."""
     host: str = "127.0.0.1"
     """Address to listen on, for both ports."""
     grpc_port: int = Field(default=50051, ge=0, le=65535)
@@ -80,7 +91,8 @@ class ServerConfig(BaseModel):
     def backend_options(self) -> BackendOptions:
         """The engine's share of the settings."""
         shared = [field.name for field in fields(BackendOptions) if field.name in type(self).model_fields]
-        chosen = {name: getattr(self, name) for name in shared}
+        chosen: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        chosen["vllm_engine_args"] = self.vllm.engine_args
         return BackendOptions(**{name: value for name, value in chosen.items() if value is not None})
 
 

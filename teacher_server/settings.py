@@ -1,7 +1,8 @@
 """Reads ServerConfig from its sources: command line over environment over file over defaults.
 
 Every option, variable and key is made from the model's fields; a name that is none of them is refused with the nearest
-one. It knows the fields' names, not their meaning.
+one. A field of a section, a model inside the model, is `section.field` in a file, `--section-field` as an option and
+SECTION_FIELD in a variable's name. It knows the fields' names, not their meaning.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from teacher_server.config import ServerConfig
@@ -35,8 +36,26 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _option(path: str) -> str:
+    return "--" + re.sub("[._]", "-", path)
+
+
+def _variable(path: str) -> str:
+    return PREFIX + path.replace(".", "_").upper()
+
+
+def _leaves(model: type[BaseModel] = ServerConfig, prefix: str = "") -> dict[str, FieldInfo]:
+    """Every setting by its path, `field` or `section.field`."""
+    found: dict[str, FieldInfo] = {}
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= _leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+LEAVES = _leaves()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,9 +67,10 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    for name, field in ServerConfig.model_fields.items():
+    for name, field in LEAVES.items():
         text = (field.description or "").replace("%", "%%")
-        default = "" if field.is_required() or field.default in (None, "") else f" [default: {field.default}]"
+        unset = field.is_required() or field.default_factory is not None or field.default in (None, "")
+        default = "" if unset else f" [default: {field.default}]"
         if field.annotation is bool:
             action = argparse.BooleanOptionalAction if field.default else "store_true"
             parser.add_argument(_option(name), dest=name, action=action, help=text)
@@ -64,6 +84,8 @@ def make_parser() -> argparse.ArgumentParser:
 def _metavar(name: str, field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "{" + ",".join(map(str, get_args(field.annotation))) + "}"
+    if get_origin(field.annotation) is dict:
+        return "JSON"
     if field.annotation is str or name == "ready_file":
         return name.upper()
     return "N"
@@ -91,7 +113,7 @@ def load(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> t
         values |= settings
         origins |= dict.fromkeys(settings, source)
     try:
-        return ServerConfig(**values), dry_run
+        return ServerConfig(**_nested(values)), dry_run
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(fault, origins) for fault in error.errors())) from error
 
@@ -99,9 +121,9 @@ def load(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> t
 def _explain(fault: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     if not fault["loc"]:
         return str(fault["msg"]).removeprefix("Value error, ")
-    name = str(fault["loc"][0])
+    name = _path(fault["loc"])
     if fault["type"] == "missing":
-        return f"{name} is missing: give {_option(name)}, {PREFIX}{name.upper()} or the key {name} of a file"
+        return f"{name} is missing: give {_option(name)}, {_variable(name)} or the key {name} of a file"
     return f"{name} ({origins.get(name, 'default')}): {fault['msg']}, got {fault['input']!r}"
 
 
@@ -116,16 +138,59 @@ def _from_file(path: str) -> dict[str, Any]:
         return {}
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} must hold keys and values, it holds a {type(loaded).__name__}")
-    _refuse_unknown(loaded, ServerConfig.model_fields, f"key {{}} in {path}")
-    return loaded
+    flat = _flat(loaded)
+    _refuse_unknown(flat, LEAVES, f"key {{}} in {path}")
+    return flat
+
+
+def _flat(loaded: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values by path; ConfigError for a section that is no mapping."""
+    sections = {path.split(".")[0] for path in LEAVES if "." in path}
+    found: dict[str, Any] = {}
+    for name, value in loaded.items():
+        if name in sections:
+            if not isinstance(value, dict):
+                raise ConfigError(f"the section {name} of a file must hold keys and values, got {value!r}")
+            found |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            found[str(name)] = value
+    return found
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as the model takes them; mappings may come as text from a command line or a variable."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        section, _, name = path.rpartition(".")
+        inside = found.setdefault(section, {}) if section else found
+        inside[name] = _mapping(value) if get_origin(LEAVES[path].annotation) is dict else value
+    return found
+
+
+def _mapping(value: Any) -> Any:
+    """A mapping written as JSON or YAML; what is none is left for the model to refuse."""
+    if not isinstance(value, str):
+        return value
+    try:
+        loaded = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+    return {} if loaded is None else loaded
+
+
+def _path(location: tuple[Any, ...]) -> str:
+    """The setting in which a fault lies."""
+    names = [str(part) for part in location]
+    return next((path for path in (".".join(names[:2]), names[0]) if path in LEAVES), names[0])
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    paths = {_variable(path): path for path in LEAVES}
     found = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
     found = {name: value for name, value in found.items() if not KUBERNETES.fullmatch(name)}
     found.pop(f"{PREFIX}CONFIG", None)
-    _refuse_unknown(found, [PREFIX + name.upper() for name in ServerConfig.model_fields], "environment variable {}")
-    return {name.removeprefix(PREFIX).lower(): value for name, value in found.items()}
+    _refuse_unknown(found, paths, "environment variable {}")
+    return {paths[name]: value for name, value in found.items()}
 
 
 def _refuse_unknown(given: Iterable[Any], known: Iterable[str], what: str) -> None:

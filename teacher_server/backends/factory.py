@@ -25,4 +25,13 @@ def make_backend(options: BackendOptions) -> Backend:
         from teacher_server.backends.theoretical_backend import TheoreticalBackend
 
         return TheoreticalBackend(options)
+    if options.backend == "vllm":
+        try:
+            from teacher_server.backends.vllm_backend import VllmBackend
+
+            return VllmBackend(options)
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"the vllm backend needs {error.name}, which is missing; pip install 'strong2weak[server,vllm]'"
+            ) from error
     raise ValueError(f"there is no backend {options.backend!r} in this release; choose transformers")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 BackendName = Literal["transformers", "vllm", "theoretical"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -18,7 +19,7 @@ class BackendOptions:
 
     `model` is a folder or a hub id, `name` what GetTeacher calls it ("" is `model`). `dtype` "auto" is the
     checkpoint's own on a GPU and float32 on a CPU. `batch_tokens` bounds the tokens of one scoring step and, times
-    four, the tokens whose keys and values generation may keep.
+    four, the tokens whose keys and values generation may keep. `vllm_engine_args` pass through to vLLM's engine.
     """
 
     model: str
@@ -36,6 +37,7 @@ class BackendOptions:
     max_request_tokens: int = 262_144
     max_sequences: int = 4096
     max_temperatures: int = 8
+    vllm_engine_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -33,6 +33,8 @@ def test_the_command_line_wins_over_the_environment_over_the_file_over_the_defau
         (["--model", "m"], {"TEACHER_GRPC_PORT": "70000"}, "grpc_port (environment): "),
         (["--model", "m", "--dtype", "float8"], {}, "'float32'"),
         (["--model", "m", "--config", "/does/not/exist"], {}, "cannot read the configuration file /does/not/exist"),
+        (["--model", "m", "--vllm-engine-args", "3"], {}, "vllm.engine_args (command line): "),
+        (["--model", "m"], {"TEACHER_VLLM_ENGIN_ARGS": "{}"}, "did you mean TEACHER_VLLM_ENGINE_ARGS?"),
         (["--model"], {}, "--model: expected one argument"),
     ],
 )
@@ -49,6 +51,8 @@ def test_what_cannot_be_used_is_refused_in_words(arguments: list[str], environ: 
         ("modle: x", "did you mean model?"),
         ("- a", "it holds a list"),
         ("a: [", "is not YAML"),
+        ("vllm: {engin_args: {}}", "unknown key vllm.engin_args in"),
+        ("vllm: 3", "the section vllm of a file must hold keys and values, got 3"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -57,6 +61,19 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, w
     with pytest.raises(ConfigError) as caught:
         load(["--config", str(file)], {})
     assert words in str(caught.value)
+
+
+def test_a_section_is_nested_in_a_file_and_flat_elsewhere(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("model: m\nvllm: {engine_args: {max_num_seqs: 3}}\n")
+    line = ["--config", str(file)]
+    assert load(line, {})[0].vllm.engine_args == {"max_num_seqs": 3}
+    environ = {"TEACHER_VLLM_ENGINE_ARGS": '{"enforce_eager": true}'}
+    assert load(line, environ)[0].vllm.engine_args == {"enforce_eager": True}
+    config, _ = load([*line, "--vllm-engine-args", "{seed: 1, hf_overrides: {a: b}}"], environ)
+    assert config.backend_options().vllm_engine_args == {"seed": 1, "hf_overrides": {"a": "b"}}
+    file.write_text(render(config))
+    assert load(line, {})[0] == config
 
 
 def test_what_kubernetes_says_about_a_service_named_teacher_is_not_a_setting() -> None:
