@@ -36,7 +36,7 @@ test: .venv/dev.stamp
 	$(PY) -m pytest
 
 test-slow: .venv/dev.stamp
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m "slow and not vllm"
 
 lint: .venv/dev.stamp
 	$(PY) -m ruff check .
