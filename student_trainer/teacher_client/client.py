@@ -12,12 +12,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 from protos import errors
+from protos.head import Head
 from protos.scores import Completion, Prompt, Sampling, ScoreRequest, Scores, ScoreSpec, TeacherInfo
 from protos.scores import Sequence as TokenSequence
-from student_trainer.teacher_client import splitting
+from student_trainer.teacher_client import heads, splitting
 from student_trainer.teacher_client.generation import PieceCollector
 from student_trainer.teacher_client.replicas import Replicas
 from student_trainer.teacher_client.transport import Transport, open_transport
@@ -64,7 +66,9 @@ class TeacherClient:
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._info: TeacherInfo | None = None
+        self._head: Head | None = None
         self._lock = threading.Lock()
+        self._head_lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="teacher-client")
 
     def teacher(self, refresh: bool = False) -> TeacherInfo:
@@ -93,13 +97,14 @@ class TeacherClient:
 
         Cancelling the future drops its calls that have not begun.
         """
-        sequences, info = tuple(sequences), self.teacher()
+        sequences, info, spec = tuple(sequences), self.teacher(), spec or ScoreSpec()
         outer: Future[list[Scores]] = Future()
-        pieces = splitting.score_pieces(sequences, info.limits, len(self._replicas))
+        most = splitting.hidden_tokens(info, spec)
+        pieces = splitting.score_pieces(sequences, info.limits, len(self._replicas), most)
         if not pieces:
             outer.set_result([])
             return outer
-        request = partial(self._score_piece, sequences, spec or ScoreSpec(), info.fingerprint)
+        request = partial(self._score_piece, sequences, spec, info.fingerprint)
         _gather([self._pool.submit(request, piece) for piece in pieces], outer)
         return outer
 
@@ -172,6 +177,24 @@ class TeacherClient:
             self._replicas.call(cost, attempt, lambda: collector.finished)
         except errors.TeacherError as error:
             raise splitting.renumbered(error, collector.asked_indexes) from error
+
+    def head(self, cache: Path | None = None) -> Head:
+        """The teacher's LM head, which turns hidden states into logits (see `protos.head.logits`).
+
+        Fetched once by this client and held in memory; with a folder `cache`, fetched once by all clients that name it,
+        kept there and mapped from it. Unsupported where the teacher offers none.
+        """
+        info = self.teacher()
+        with self._head_lock:
+            if self._head is None and cache is not None:
+                self._head = heads.load(cache, info)
+            if self._head is None:
+                self._head = self._replicas.call(info.vocab_size, lambda t: self._fetch_head(t, info, cache))
+            return self._head
+
+    def _fetch_head(self, transport: Transport, info: TeacherInfo, cache: Path | None) -> Head:
+        with closing(transport.head(info.fingerprint, self._timeout_s)) as parts:
+            return heads.assemble(parts, info) if cache is None else heads.store(cache, info, parts)
 
     def close(self) -> None:
         """Ends calls in flight, whose callers get Unavailable, and all connections."""

@@ -13,6 +13,7 @@ import grpc
 from google.rpc import status_pb2
 
 from protos import codec, errors
+from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
 from student_trainer.teacher_client.transport import CLIENT_HEADER, is_loopback
 
@@ -41,6 +42,7 @@ class GrpcTransport:
             SERVICE + "GetTeacher"
         )
         self._score: grpc.StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(SERVICE + "Score")
+        self._head: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "GetHead")
         self._generate: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._channel.unary_stream(SERVICE + "Generate")
 
     @property
@@ -79,6 +81,20 @@ class GrpcTransport:
             call = self._generate(data, timeout=timeout_s, metadata=self._metadata)
             for message in call:
                 yield codec.decode_deltas_bytes(message)
+        except (grpc.RpcError, ValueError) as error:
+            raise self._error(error, timeout_s) from error
+        finally:
+            if call is not None:
+                call.cancel()
+
+    def head(self, fingerprint: str, timeout_s: float) -> Generator[Head, None, None]:
+        """See `Transport.head`."""
+        call = None
+        try:
+            data = codec.encode_head_request(fingerprint).SerializeToString()
+            call = self._head(data, timeout=timeout_s, metadata=self._metadata)
+            for message in call:
+                yield codec.decode_head_bytes(message)
         except (grpc.RpcError, ValueError) as error:
             raise self._error(error, timeout_s) from error
         finally:

@@ -13,10 +13,12 @@ import weakref
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 
 from protos import codec, errors
+from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
 from student_trainer.teacher_client.transport import CLIENT_HEADER, is_loopback
 
@@ -71,6 +73,13 @@ class HttpTransport:
         with self._stream("POST", "/v1/generate", body, timeout_s) as chunks:
             for data in codec.unframe(chunks):
                 yield codec.decode_deltas_bytes(data)
+
+    def head(self, fingerprint: str, timeout_s: float) -> Generator[Head, None, None]:
+        """See `Transport.head`."""
+        path = f"/v1/head?{urlencode({'fingerprint': fingerprint})}"
+        with self._stream("GET", path, None, timeout_s) as chunks:
+            for data in codec.unframe(chunks):
+                yield codec.decode_head_bytes(data)
 
     def close(self) -> None:
         """See `Transport.close`; sockets are shut down first, so that threads that read from them wake up."""

@@ -10,19 +10,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from protos import errors
-from protos.scores import Limits, Prompt, Sampling
+from protos.head import itemsize
+from protos.scores import Field, Limits, Prompt, Sampling, ScoreSpec, TeacherInfo
 from protos.scores import Sequence as TokenSequence
 
 PROMPT_BYTES = 1 << 20
 """Bytes of prompts in one Generate call, which is one message: far below gRPC's default of 4 MiB."""
+HIDDEN_BYTES = 256 << 20
+"""Bytes of hidden states in the answer of one Score call; a longer sequence gets a call of its own."""
 COMPLETIONS = 64
 """Completions of one Generate call, so that progress shows and a retry repeats little."""
 TEMPLATE_TOKENS = 32
 """Allowance for what a chat template adds to one turn."""
 
 
-def score_pieces(sequences: Sequence[TokenSequence], limits: Limits, replicas: int = 1) -> list[range]:
-    """Ranges of sequences, one for each call, within `request_tokens` and `sequences`; in order, none empty.
+def hidden_tokens(info: TeacherInfo, spec: ScoreSpec) -> int | None:
+    """Tokens of one call that asks for hidden states, so that they stay within HIDDEN_BYTES; None where it does not."""
+    if Field.HIDDEN_STATES not in spec.want or not info.hidden_size:
+        return None
+    return max(1, HIDDEN_BYTES // (info.hidden_size * itemsize(info.hidden_dtype)))
+
+
+def score_pieces(
+    sequences: Sequence[TokenSequence], limits: Limits, replicas: int = 1, most: int | None = None
+) -> list[range]:
+    """Ranges of sequences, one for each call, within `request_tokens`, `sequences` and `most` tokens; in order, none
+    empty.
 
     With several replicas a call that would fit as one is cut into about as many, so that all of them work. A sequence
     over a limit gets a call of its own, for the teacher to refuse.
@@ -30,7 +43,8 @@ def score_pieces(sequences: Sequence[TokenSequence], limits: Limits, replicas: i
     sizes = [len(s.token_ids) for s in sequences]
     tokens = limits.request_tokens or sum(sizes)
     share = -(-sum(sizes) // max(1, replicas))
-    return _ranges(sizes, min(tokens, share + max(sizes, default=0)), limits.sequences or len(sizes))
+    tokens = min(tokens, share + max(sizes, default=0), tokens if most is None else most)
+    return _ranges(sizes, tokens, limits.sequences or len(sizes))
 
 
 def prompt_pieces(prompts: Sequence[Prompt], n: int, limits: Limits) -> list[range]:

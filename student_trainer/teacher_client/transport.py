@@ -10,6 +10,7 @@ from collections.abc import Generator
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
 
 CLIENT_HEADER = "x-client"
@@ -34,6 +35,10 @@ class Transport(Protocol):
 
     def generate(self, request: GenerateRequest, timeout_s: float) -> Generator[list[CompletionDelta], None, None]:
         """Generate: pieces of completions as they arrive."""
+        ...
+
+    def head(self, fingerprint: str, timeout_s: float) -> Generator[Head, None, None]:
+        """GetHead: its parts, in order, as they arrive."""
         ...
 
     def close(self) -> None:

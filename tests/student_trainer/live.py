@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import grpc
 import numpy as np
 
 from protos import codec, errors
 from protos import scores as domain
+from protos.head import Head
 from protos.teacher.v1 import teacher_pb2_grpc
 from tests.servers import ROOT, process
 
@@ -36,11 +38,13 @@ class ScriptedTeacher:
 
     The right score of a token id i is -i. `calls` counts every call, `sequences` the sizes of Score calls, `prompts`
     those of Generate calls, `most` the calls at the same time. `cut_generate` is the number of Generate streams that
-    end after one completion.
+    end after one completion, `cut_head` the number of GetHead streams that end after one part.
     """
 
     failures: list[errors.TeacherError] = field(default_factory=list)
     info: domain.TeacherInfo = field(default_factory=lambda: teacher_info())
+    head: Head | None = None
+    cut_head: int = 0
     slow_s: float = 0.0
     cut_generate: int = 0
     calls: int = 0
@@ -79,6 +83,18 @@ class ScriptedTeacher:
                 raise errors.InvalidSequence(f"sequence {index} has an id that is none", index=index)
             ids = sequence.token_ids[sequence.score_start :]
             yield from codec.encode_scores(index, domain.Scores(token_logprobs=-ids.astype(np.float32)))
+
+    def parts(self, fingerprint: str) -> Iterator[Any]:
+        if fingerprint not in ("", self.info.fingerprint):
+            raise errors.TeacherMismatch(f"this is {self.info.fingerprint}, not {fingerprint}")
+        if self.head is None:
+            raise errors.Unsupported("this teacher has no head")
+        cut = self.cut_head > 0
+        self.cut_head -= cut
+        for part in self.head.parts(3):
+            yield codec.encode_head(part)
+            if cut:
+                raise errors.Unavailable("the teacher went away", retry_after_s=0.01)
 
     def generate(self, request: domain.GenerateRequest) -> Iterator[Any]:
         self.prompts.append(len(request.prompts))
@@ -142,6 +158,9 @@ class _Servicer(teacher_pb2_grpc.TeacherServiceServicer):
             reader.add(message)
         yield from self._run(context, lambda: self.teacher.score(reader.finish()))
 
+    def GetHead(self, request: Any, context: Any) -> Iterator[Any]:
+        yield from self._run(context, lambda: self.teacher.parts(request.fingerprint))
+
     def Generate(self, request: Any, context: Any) -> Iterator[Any]:
         yield from self._run(context, lambda: self.teacher.generate(codec.decode_generate_request(request)))
 
@@ -167,7 +186,11 @@ def _handler(teacher: ScriptedTeacher) -> type[BaseHTTPRequestHandler]:
             """Nothing on standard error."""
 
         def do_GET(self) -> None:
-            self._answer(lambda body: iter([codec.encode_teacher(teacher.info)]), framed=False)
+            if self.path.startswith("/v1/head"):
+                fingerprint = parse_qs(urlsplit(self.path).query).get("fingerprint", [""])[0]
+                self._answer(lambda body: teacher.parts(fingerprint), framed=True)
+            else:
+                self._answer(lambda body: iter([codec.encode_teacher(teacher.info)]), framed=False)
 
         def do_POST(self) -> None:
             self._answer(self._score if self.path == "/v1/score" else self._generate, framed=True)
