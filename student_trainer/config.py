@@ -16,6 +16,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Distribution = Literal["top_k", "full"]
 MaxSteps = Annotated[int, Field(ge=-1)]
 
 
@@ -151,8 +152,12 @@ class NonPolicyDistillation(Section):
     """Divergence of the soft loss."""
     jsd_beta: Probability = 0.5
     """b of the generalised JSD: 0 is the forward, 1 the reverse KL."""
+    distribution: Distribution = "top_k"
+    """What the teacher tells of each position: top_k alternatives and the tail, or full, its final hidden state, of
+    which the trainer makes the exact distribution (2 bytes times the teacher's width a token, and its LM head once)."""
     top_k: PositiveInt = 64
-    """Alternatives that the teacher gives at each position; the rest is one bucket, the tail."""
+    """Alternatives that the teacher gives at each position; the rest is one bucket, the tail. Unused where
+    distribution is full."""
     modes: Literal["both", "thinking", "non_thinking", "mixed"] = "both"
     """Modes in which the teacher answers each prompt; mixed draws one by thinking_prob."""
     thinking_prob: Probability = 0.5
@@ -178,6 +183,8 @@ class NonPolicyDistillation(Section):
     def _some_loss(self) -> NonPolicyDistillation:
         if self.alpha == 0 and self.beta == 0:
             raise ValueError("alpha and beta are both 0, nothing would be learnt; set one of them above 0")
+        if self.alpha == 0 and self.distribution == "full":
+            raise ValueError("alpha is 0, so the teacher's distribution is not used; set distribution to top_k")
         return self
 
 
@@ -202,8 +209,11 @@ class PolicyDistillation(Section):
     """Whose top_k the divergence runs over: the teacher's with the tail, or the student's own."""
     jsd_beta: Probability = 0.5
     """b of the generalised JSD: 0 is the forward, 1 the reverse KL."""
+    distribution: Distribution = "top_k"
+    """What the teacher tells of each position: top_k alternatives and the tail, or full, its final hidden state, of
+    which the trainer makes the exact distribution (2 bytes times the teacher's width a token, and its LM head once)."""
     top_k: PositiveInt = 64
-    """Alternatives at each position; the rest is one bucket, the tail."""
+    """Alternatives at each position; the rest is one bucket, the tail. Unused where distribution is full."""
     t_squared: bool = False
     """Multiply the loss by T squared (Hinton et al., 2015)."""
     max_new_tokens: PositiveInt = 1024
@@ -217,6 +227,9 @@ class PolicyDistillation(Section):
     def _support_has_an_estimator(self) -> PolicyDistillation:
         if self.support == "student" and self.loss not in ("reverse_kl", "policy_gradient"):
             raise ValueError(f"support student has an unbiased estimator for reverse_kl alone, loss is {self.loss}")
+        if self.distribution == "full" and (self.support == "student" or self.loss == "policy_gradient"):
+            what = "support student" if self.support == "student" else "loss policy_gradient"
+            raise ValueError(f"{what} estimates what distribution full knows exactly; set one of them to another value")
         return self
 
 
@@ -254,6 +267,9 @@ class Teacher(Section):
     """Seconds for which a teacher that is down, loading or overloaded is waited for."""
     max_in_flight: PositiveInt = 4
     """Calls under way at the same time."""
+    cache_dir: str | None = None
+    """Folder that keeps the teacher's LM head between runs, where distribution is full; null takes
+    $XDG_CACHE_HOME/strong2weak or ~/.cache/strong2weak."""
     server_args: list[str] = Field(default_factory=list)
     """Further command-line arguments of the server that the trainer starts itself."""
 
@@ -282,3 +298,10 @@ class Config(Section):
     """How models are measured."""
     teacher: Teacher = Teacher()
     """Where the teacher is, and how it is called."""
+
+    def wants_full(self, stage: str) -> bool:
+        """Whether a stage of `stage` (all, non_policy, policy or test) trains on the teacher's whole distribution."""
+        off, on = self.non_policy_distillation, self.policy_distillation
+        return (stage != "policy" and off.distribution == "full") or (
+            stage != "non_policy" and on.distribution == "full"
+        )

@@ -30,7 +30,7 @@ from .batches import GroupedSampler, Row, completion_tokens, pad
 from .checkpoints import Layout, rotate, write_about
 from .errors import UserError
 from .evaluation import Measurement
-from .losses import TeacherTargets
+from .losses import Targets
 from .stage_loss import METRICS, StageLoss
 from .storage import replace_folder
 
@@ -44,7 +44,7 @@ class MicroBatch:
     """
 
     rows: Sequence[Row]
-    targets: Callable[[], TeacherTargets]
+    targets: Callable[[], Targets]
     rollout_logprobs: torch.Tensor | None = None
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,11 +26,12 @@ from . import distributed
 from .batches import Row, completion_tokens, pad
 from .config import Config
 from .data import Example
+from .full_distribution import TeacherHead
 from .modes import render
 from .reporting import Reporter
 from .responses import Request, Response, collect, fitting
 from .rollouts import Rollout, sample_sorted
-from .score_store import ScoreStore
+from .score_store import AskedScores, ScoreStore, Wait, open_store
 from .stage_loss import METRICS, StageLoss
 from .teacher_client import TeacherClient
 from .verifiers import Verifier
@@ -37,6 +39,7 @@ from .verifiers import Verifier
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Scored = tuple[Sequence[Row], list[Scores]]
 
 DIVERGENCE_ROWS = 256
 """Answers for each mode on which losses and divergences are measured."""
@@ -117,6 +120,7 @@ class Evaluator:
         validation: Sequence[Example],
         verifier: Verifier | None,
         reporter: Reporter,
+        teacher_head: TeacherHead | None = None,
     ) -> None:
         self.config, self.client, self.info, self.verifier, self.reporter = config, client, info, verifier, reporter
         self.max_length = config.data.max_length
@@ -130,10 +134,10 @@ class Evaluator:
         self.answers = distributed.on_main(lambda: self._ask(sampling, folder)) if self.requests else []
         self.teacher_seconds = time.monotonic() - started
         first, second = config.non_policy_distillation, config.policy_distillation
-        self.plain = StageLoss.plain(info.normalized_size, max(first.top_k, second.top_k))
+        self.plain = StageLoss.plain(info.normalized_size, max(first.top_k, second.top_k), teacher_head)
         self.temperatures = tuple(sorted({1.0, first.temperature, second.temperature}))
-        spec = ScoreSpec(self.plain.top_k, self.temperatures)
-        self.store = ScoreStore(client, info.fingerprint, spec, folder / "scores", rank=distributed.rank())
+        spec = self.plain.spec if teacher_head else ScoreSpec(self.plain.top_k, self.temperatures)
+        self.store = open_store(client, info.fingerprint, spec, folder / "scores", distributed.rank())
         fitted, _ = fitting(self.answers, self.max_length)
         few = [r for mode in Mode for r in [a for a in fitted if a.mode is mode][:DIVERGENCE_ROWS]]
         self.rows = sorted((Row(r.ids, len(r.prompt_ids), r.example_id) for r in few), key=lambda r: len(r.ids))
@@ -156,10 +160,12 @@ class Evaluator:
         stopped = FinishReason.STOP
         answers = [(a, a.text, len(a.completion_ids), a.finish_reason is stopped) for a in self.answers]
         values = accuracy(self.verifier, answers)
-        scores = self.store.request([r.tokens() for r in self.rows])()
-        one = self.temperatures.index(1.0)
-        tails = np.concatenate([s.tail_logprob[:, one] for s in scores if s.tail_logprob is not None])
-        share = float(np.exp(tails).mean())
+        share = 0.0  # of a whole distribution nothing is outside
+        if self.plain.teacher is None:
+            scores = self.store.request([r.tokens() for r in self.rows])()
+            one = self.temperatures.index(1.0)
+            tails = np.concatenate([s.tail_logprob[:, one] for s in scores if s.tail_logprob is not None])
+            share = float(np.exp(tails).mean())
         values |= {"forward_kl": 0.0, "reverse_kl": 0.0, "tail_share": share, "seconds": self.teacher_seconds}
         return Measurement(values)
 
@@ -176,9 +182,9 @@ class Evaluator:
         training = student.model.training
         student.model.eval()
         values, samples = self._answers(student)
-        values |= self._on_teacher_answers(student, loss.measured(self.plain.top_k))
+        values |= self._on_teacher_answers(student, loss.measured(self.plain))
         if on_policy:
-            values |= self._on_rollouts(student, loss.measured(self.plain.top_k))
+            values |= self._on_rollouts(student, loss.measured(self.plain))
         student.model.train(training)
         return Measurement({**values, "seconds": time.monotonic() - started}, samples)
 
@@ -215,12 +221,9 @@ class Evaluator:
         )
 
     def _on_teacher_answers(self, student: Student, loss: StageLoss) -> dict[str, float]:
-        mine, size = self._mine(self.rows, student), self.config.evaluation.batch_size
-        parts = [mine[first : first + size] for first in range(0, len(mine), size)]
-        waits = [self.store.request([r.tokens() for r in part]) for part in parts]
-        batches = [(part, wait()) for part, wait in zip(parts, waits, strict=True)]
-        plain = self._means(student, self.plain, batches)
-        return {**plain, **{k: v for k, v in self._means(student, loss, batches).items() if k in ("loss", "soft_loss")}}
+        batches = self._scored(self.store, self._mine(self.rows, student))
+        plain, own = self._means(student, (self.plain, loss), batches)
+        return {**plain, **{k: v for k, v in own.items() if k in ("loss", "soft_loss")}}
 
     def _on_rollouts(self, student: Student, loss: StageLoss) -> dict[str, float]:
         requests = [r for mode in Mode for r in [q for q in self.requests if q.mode is mode][:SAMPLED_ROWS]]
@@ -228,35 +231,40 @@ class Evaluator:
         temperature = options.sampling_temperature or options.temperature
         rollouts = self._sample(student, self._mine(requests, student), options.max_new_tokens, temperature)
         rows = sorted((rollout_row(r) for r in rollouts), key=lambda r: len(r.ids))
-        scores = self.client.score([r.tokens() for r in rows], self.store.spec) if rows else []
-        size = self.config.evaluation.batch_size
-        batches = [(rows[first : first + size], scores[first : first + size]) for first in range(0, len(rows), size)]
-        values = self._means(student, loss, batches)
+        (values,) = self._means(student, (loss,), self._scored(AskedScores(self.client, self.store.spec), rows))
         return {
             k if k == "loss" else f"own_{k}": v for k, v in values.items() if k in ("loss", "forward_kl", "reverse_kl")
         }
 
+    def _scored(self, store: ScoreStore | AskedScores, rows: Sequence[Row]) -> Iterator[Scored]:
+        """Batches of `rows` with their scores; hidden states are asked for one batch ahead, others all at once."""
+        size = self.config.evaluation.batch_size
+        parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+        ahead = 1 if self.plain.teacher is not None else len(parts)
+        waits: deque[Wait] = deque()
+        for place, part in enumerate(parts):
+            waits += [store.request([r.tokens() for r in p]) for p in parts[place + len(waits) : place + 1 + ahead]]
+            yield part, waits.popleft()()
+
     def _means(
-        self, student: Student, loss: StageLoss, batches: Sequence[tuple[Sequence[Row], list[Scores]]]
-    ) -> dict[str, float]:
-        """METRICS as means over the completion tokens of `batches`, over all processes."""
-        sums, tokens = torch.zeros(len(METRICS), dtype=torch.float64), 0
+        self, student: Student, losses: Sequence[StageLoss], batches: Iterable[Scored]
+    ) -> list[dict[str, float]]:
+        """METRICS of each loss as means over the completion tokens of `batches`, over all processes."""
+        sums, tokens = torch.zeros((len(losses), len(METRICS)), dtype=torch.float64), 0
         device = next(student.model.parameters()).device
         for rows, scores in batches:
             padded = pad(rows, student.tokenizer.pad_token_id)
-            targets = loss.targets(padded.targets, scores, self.temperatures).to(device)
-            with torch.no_grad():
-                _, found = student.model(
-                    input_ids=torch.from_numpy(padded.input_ids).to(device),
-                    places=torch.from_numpy(padded.places).to(device),
-                    objective=loss.on(targets),
-                )
-            sums += found.double().cpu()
+            input_ids, places = (torch.from_numpy(a).to(device) for a in (padded.input_ids, padded.places))
+            for i, loss in enumerate(losses):
+                targets = loss.targets(padded.targets, scores, self.temperatures).to(device)
+                with torch.no_grad():
+                    _, found = student.model(input_ids=input_ids, places=places, objective=loss.on(targets))
+                sums[i] += found.double().cpu()
             tokens += completion_tokens(rows)
         parts = [(sums, tokens)] if student.sharded else distributed.gather((sums, tokens))
         tokens = sum(count for _, count in parts)
         means = torch.stack([part for part, _ in parts]).sum(0) / max(tokens, 1)
-        return dict(zip(METRICS, means.tolist(), strict=True)) if tokens else {}
+        return [dict(zip(METRICS, row, strict=True)) if tokens else {} for row in means.tolist()]
 
     def close(self) -> None:
         """Keeps the scores that have arrived."""

@@ -107,9 +107,9 @@ def _check_limits(info: TeacherInfo, config: Config, stage: str, where: str) -> 
 def _wanted_top_k(config: Config, stage: str, top_k: int, candidates: int) -> Iterable[tuple[str, int, int]]:
     """(setting, its value, the teacher's limit) of every number of alternatives that the stages ask for."""
     off, on = config.non_policy_distillation, config.policy_distillation
-    if stage != "policy" and off.alpha > 0:
+    if stage != "policy" and off.alpha > 0 and off.distribution == "top_k":
         yield "non_policy_distillation.top_k", off.top_k, top_k
-    if stage != "non_policy" and on.loss != "policy_gradient":
+    if stage != "non_policy" and on.loss != "policy_gradient" and on.distribution == "top_k":
         yield "policy_distillation.top_k", on.top_k, candidates if on.support == "student" else top_k
 
 
@@ -118,9 +118,11 @@ def needed_fields(config: Config, stage: str) -> frozenset[Field]:
     off, on = config.non_policy_distillation, config.policy_distillation
     bucketed = {Field.TOP, Field.TAIL_LOGPROB, Field.LOG_NORMALIZER}
     needed: set[Field] = set()
-    if stage != "policy" and off.alpha > 0:
+    if config.wants_full(stage):
+        needed |= {Field.HIDDEN_STATES}
+    if stage != "policy" and off.alpha > 0 and off.distribution == "top_k":
         needed |= bucketed
-    if stage != "non_policy":
+    if stage != "non_policy" and on.distribution == "top_k":
         if on.loss == "policy_gradient":
             needed |= {Field.TOKEN_LOGPROBS, Field.LOG_NORMALIZER}
         elif on.support == "student":
@@ -154,7 +156,7 @@ def _check_abilities(info: TeacherInfo, config: Config, stage: str, where: str) 
         raise UserError(
             f"it cannot give {_names(missing)}, only {_names(info.fields)}",
             where,
-            "choose another loss, or a teacher backend that gives these",
+            "choose another loss, distribution top_k for hidden_states, or a teacher backend that gives these",
         )
     modes = needed_modes(config, stage) - set(info.modes)
     if modes:

@@ -1,7 +1,8 @@
 """Stage 1, off-policy: the student learns from the teacher's own responses, in both modes.
 
 The teacher answers every training prompt once; the answers are a dataset that stays. Each of its sequences is scored
-once, ahead of the step that needs it, and the student minimises
+once (once an epoch for whole distributions, which are too large to keep), ahead of the step that needs it, and the
+student minimises
 
     alpha * soft(T) + beta * cross-entropy
 
@@ -25,7 +26,7 @@ from .distillation_trainer import MicroBatch
 from .evaluation import Student, requests_for
 from .modes import pair_with_modes
 from .responses import Response, collect, fitting, read, reuse
-from .score_store import ScoreStore, Wait
+from .score_store import AskedScores, ScoreStore, Wait, open_store
 from .stage import Outcome, Session, begin, train
 from .stage_loss import StageLoss
 
@@ -38,9 +39,9 @@ def distil(session: Session, student: Student) -> Outcome:
     layout = off_policy_layout(session.config.training.output_dir)
     checkpoint = begin(session, layout)
     responses = teacher_responses(session, layout, student.tokenizer)
-    loss = StageLoss.off_policy(options, session.info.normalized_size)
+    loss = StageLoss.off_policy(options, session.info.normalized_size, session.teacher_head)
     folder = layout.root / "scores"
-    store = ScoreStore(session.client, session.info.fingerprint, loss.spec, folder, rank=distributed.rank())
+    store = open_store(session.client, session.info.fingerprint, loss.spec, folder, distributed.rank())
     feed = ResponseFeed(responses, store, loss, student.tokenizer.pad_token_id, 2 * options.gradient_accumulation_steps)
     try:
         measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 1, off-policy")
@@ -95,7 +96,12 @@ class ResponseFeed:
     """Micro-batches of responses with their scores, asked for `ahead` micro-batches early."""
 
     def __init__(
-        self, responses: Sequence[Response], store: ScoreStore, loss: StageLoss, pad_id: int, ahead: int
+        self,
+        responses: Sequence[Response],
+        store: ScoreStore | AskedScores,
+        loss: StageLoss,
+        pad_id: int,
+        ahead: int,
     ) -> None:
         self.rows = [Row(r.ids, len(r.prompt_ids), f"{r.example_id} ({r.mode.value})") for r in responses]
         self.store, self.loss, self.pad_id, self.ahead = store, loss, pad_id, ahead

@@ -27,7 +27,7 @@ from .data import Example
 from .distillation_trainer import MicroBatch
 from .errors import UserError
 from .evaluation import Student, requests_for, rollout_row
-from .losses import Head, TeacherTargets, student_top_k
+from .losses import Head, Targets, student_top_k
 from .modes import assign_modes
 from .responses import Request
 from .rollouts import Rollout, sample
@@ -43,7 +43,7 @@ def distil(session: Session, student: Student) -> Outcome:
     started, options = time.monotonic(), session.config.policy_distillation
     layout = on_policy_layout(session.config.training.output_dir)
     checkpoint = begin(session, layout)
-    loss = StageLoss.on_policy(options, session.info.normalized_size)
+    loss = StageLoss.on_policy(options, session.info.normalized_size, session.teacher_head)
     feed = RolloutFeed(session.config, session.train, student, session.client, loss)
     measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 2, on-policy")
     return Outcome(layout.best_model, measured, time.monotonic() - started)
@@ -147,7 +147,7 @@ class RolloutFeed:
         tokens = pad(rows, self.student.tokenizer.pad_token_id).targets
         drawn = [a.logprobs for a in asked if a.logprobs is not None]
 
-        def targets() -> TeacherTargets:
+        def targets() -> Targets:
             scores = [a.future.result()[a.place] for a in asked]
             named = [a.candidates for a in asked if a.candidates is not None]
             candidates = np.concatenate(named).astype(np.int64) if named else None

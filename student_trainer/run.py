@@ -16,7 +16,7 @@ from transformers import set_seed
 
 from protos.scores import Mode, Prompt, Sampling, ScoreSpec, Sequence
 
-from . import distributed, embedded_teacher, handshake, off_policy, on_policy
+from . import distributed, embedded_teacher, full_distribution, handshake, off_policy, on_policy
 from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about
 from .config import Config
 from .data import load_examples
@@ -26,7 +26,7 @@ from .modes import render
 from .reporting import Reporter, final_table, logging_to
 from .rollouts import sample
 from .settings import to_yaml
-from .stage import Outcome, Session, open_student, report
+from .stage import Outcome, Session, open_student, report, training_device
 from .stage_loss import StageLoss
 from .teacher_client import TeacherClient, connect
 from .verifiers import load_verifier
@@ -60,9 +60,10 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         if stage == "test":
             try_both(config, client, source, train[0].messages)
             return
-        evaluator = Evaluator(config, client, info, description.tokenizer, validation, verifier, reporter)
+        head = full_distribution.fetch(config, client, training_device()) if config.wants_full(stage) else None
+        evaluator = Evaluator(config, client, info, description.tokenizer, validation, verifier, reporter, head)
         stack.callback(evaluator.close)
-        session = Session(config, client, info, train, evaluator, reporter, config.training.resume)
+        session = Session(config, client, info, train, evaluator, reporter, config.training.resume, head)
         rows = run_stages(session, stage, source)
         if main:
             final_table(console, rows, Path(config.training.output_dir), notes(session))
@@ -74,9 +75,11 @@ def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[st
     rows = [{"model": "teacher", **evaluator.teacher().values}]
     student = open_student(config, source, session.info.vocab_size)
     first = "policy" if stage == "policy" else "non_policy"
-    size = session.info.normalized_size
-    options = config.policy_distillation, config.non_policy_distillation
-    loss = StageLoss.on_policy(options[0], size) if first == "policy" else StageLoss.off_policy(options[1], size)
+    size, head = session.info.normalized_size, session.teacher_head
+    if first == "policy":
+        loss = StageLoss.on_policy(config.policy_distillation, size, head)
+    else:
+        loss = StageLoss.off_policy(config.non_policy_distillation, size, head)
     before = evaluator.student(student, loss, on_policy=first == "policy")
     label = "student before" if first == "non_policy" else f"student {source}"
     if before is not None:
@@ -170,7 +173,9 @@ def notes(session: Session) -> list[str]:
     problems = len(evaluator.requests) // max(len(session.info.modes), 1)
     if not problems:
         return ["nothing is held out (data.val_ratio is 0), so nothing was measured"]
+    top_k = evaluator.plain.top_k
+    support = f"on the teacher's top {top_k} and the tail" if top_k else "exact, over the whole vocabulary"
     return [
         f"Accuracy over {problems} held-out problems in each mode; divergences in nats a token at temperature 1 over "
-        f"{len(evaluator.rows)} of the teacher's answers, on the teacher's top {evaluator.plain.top_k} and the tail."
+        f"{len(evaluator.rows)} of the teacher's answers, {support}."
     ]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from protos.scores import Scores, ScoreSpec
+from protos.scores import Field, Scores, ScoreSpec
 from protos.scores import Sequence as Tokens
 
 from .storage import write_json
@@ -31,6 +31,24 @@ _ENTRY = struct.Struct("<16sQII")
 """Digest, place of the record in bytes, rows T, CRC-32 of the record."""
 
 Wait = Callable[[], list[Scores]]
+
+
+class AskedScores:
+    """Scores that are asked for whenever they are needed and kept by nobody: hidden states, which fill a disk.
+
+    10,000 responses of 500 tokens are 40 GB of them at width 4096, and the teacher computes them in one forward pass.
+    """
+
+    def __init__(self, client: TeacherClient, spec: ScoreSpec) -> None:
+        self._client, self.spec, self.asked = client, spec, 0
+
+    def request(self, sequences: Sequence[Tokens]) -> Wait:
+        """Asks for all of them, at once and in one call; the result waits and gives all scores."""
+        self.asked += len(sequences)
+        return self._client.submit_score(sequences, self.spec).result
+
+    def close(self) -> None:
+        """Nothing: whoever asked waits, or the client is closed."""
 
 
 class _Place(NamedTuple):
@@ -166,6 +184,15 @@ class ScoreStore:
             for key, offset, rows, checksum in _ENTRY.iter_unpack(entries):
                 self._known.setdefault(key, _Place(self._fds[file.name], offset, rows, checksum))
             self._read[file.name] = seen + len(entries)
+
+
+def open_store(
+    client: TeacherClient, fingerprint: str, spec: ScoreSpec, folder: Path, rank: int
+) -> ScoreStore | AskedScores:
+    """What keeps the scores of `spec`, or asks anew where they are too large to keep."""
+    if Field.HIDDEN_STATES in spec.want:
+        return AskedScores(client, spec)
+    return ScoreStore(client, fingerprint, spec, folder, rank=rank)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -26,6 +26,7 @@ from .data import Example
 from .distillation_trainer import DistillationTrainer, Feed, MeasureEveryEpochs
 from .errors import UserError
 from .evaluation import Evaluator, Measurement, Student
+from .full_distribution import TeacherHead
 from .models import accept_objective, eos_ids, load_student, load_tokenizer
 from .stage_loss import StageLoss
 from .teacher_client import TeacherClient
@@ -44,6 +45,8 @@ class Session:
     evaluator: Evaluator
     reporter: reporting.Reporter
     resume: bool | str
+    teacher_head: TeacherHead | None = None
+    """Where a stage trains on the teacher's whole distribution."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,16 @@ class Outcome:
     seconds: float | None = None
 
 
+def training_device() -> torch.device:
+    """This process's device: its GPU, or the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def open_student(config: Config, source: str | Path, vocab_size: int) -> Student:
     """The student of `source`, ready to train, on this process's device."""
     model = accept_objective(load_student(config, source))
     tokenizer = load_tokenizer(config, source)
-    if torch.cuda.is_available():
-        model.to(torch.device("cuda", torch.cuda.current_device()))
+    model.to(training_device())
     return Student(model, tokenizer, vocab_size, eos_ids(model.generation_config, tokenizer))
 
 

@@ -78,7 +78,7 @@ def load(cache: Path, info: TeacherInfo) -> Head | None:
         for name, digest in about["files"].items():
             if _digest(folder / name) != digest:
                 raise ValueError(f"{name} is not what was written")
-        arrays = {name: np.load(folder / name, mmap_mode="r") for name in about["files"]}
+        arrays = {name: np.load(folder / name, mmap_mode="c") for name in about["files"]}
         return Head(arrays["weight.npy"], about["dtype"], arrays.get("bias.npy"))
     except FileNotFoundError:
         return None

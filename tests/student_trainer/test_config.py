@@ -186,6 +186,12 @@ def test_combinations_that_make_no_sense_are_refused(folder: Path) -> None:
         "command line: non_policy_distillation: alpha and beta are both 0, nothing would be learnt;"
         " set one of them above 0"
     )
+    for name, value in (("support", "student"), ("loss", "policy_gradient")):
+        (line,) = lines(overrides=["policy_distillation.distribution=full", f"policy_distillation.{name}={value}"])
+        assert f"{name} {value} estimates what distribution full knows exactly" in line
+    off = "non_policy_distillation"
+    (line,) = lines(overrides=[f"{off}.distribution=full", f"{off}.alpha=0", f"{off}.beta=1"])
+    assert "alpha is 0, so the teacher's distribution is not used" in line
     (line,) = lines(overrides=["policy_distillation.support=student", "policy_distillation.loss=jsd"])
     assert "reverse_kl alone, loss is jsd" in line
     (line,) = lines(file=write(folder, "models: {load_in_4bit: true, load_in_8bit: true}"))

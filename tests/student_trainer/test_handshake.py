@@ -132,6 +132,23 @@ def test_only_what_a_stage_needs_is_asked_for(info: TeacherInfo, tokenizer: Any)
         check(small, tokenizer, WIDTH, config(policy_distillation={"support": "student"}))
 
 
+def test_a_whole_distribution_needs_hidden_states_and_no_top_k(info: TeacherInfo, tokenizer: Any) -> None:
+    full = config(
+        non_policy_distillation={"distribution": "full", "top_k": 9999},
+        policy_distillation={"distribution": "full", "top_k": 9999},
+    )
+    for stage in ("all", "non_policy", "policy"):
+        assert needed_fields(full, stage) == {Field.HIDDEN_STATES}
+    check(info, tokenizer, WIDTH, full)
+    without = replace(info, fields=info.fields - {Field.HIDDEN_STATES})
+    with pytest.raises(UserError, match=r"cannot give hidden_states, only .*; choose another loss, distribution top_k"):
+        check(without, tokenizer, WIDTH, full)
+    first = config(non_policy_distillation={"distribution": "full"})
+    assert Field.TOP not in needed_fields(first, "non_policy")
+    assert needed_fields(first, "all") >= {Field.HIDDEN_STATES, Field.TOP}
+    assert Field.HIDDEN_STATES not in needed_fields(first, "policy")
+
+
 def test_needed_fields_and_modes_follow_from_the_settings() -> None:
     student = config(policy_distillation={"support": "student"})
     assert Field.CANDIDATE_LOGPROBS in needed_fields(student, "policy")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from protos.scores import Scores, ScoreSpec, Sequence
+from protos.scores import Field, Scores, ScoreSpec, Sequence
+from student_trainer import score_store
 from student_trainer.score_store import ScoreStore, digest
 from student_trainer.teacher_client import TeacherClient, connect
 
@@ -121,6 +122,17 @@ def test_what_arrived_and_was_not_waited_for_is_kept(client: TeacherClient, tmp_
     client.score(sequences(1, seed=2))
     store.close()
     assert len(open_store(client, tmp_path)) >= 3
+
+
+def test_hidden_states_are_asked_for_each_time_and_kept_nowhere(client: TeacherClient, tmp_path: Path) -> None:
+    spec = ScoreSpec(want=frozenset({Field.HIDDEN_STATES}))
+    store = score_store.open_store(client, client.teacher().fingerprint, spec, tmp_path / "scores", 0)
+    first, second = (store.request(sequences(3))() for _ in range(2))
+    assert store.asked == 6
+    assert all(s.hidden_states is not None and len(s.arrays()) == 1 for s in first)
+    assert_same(first, second)
+    store.close()
+    assert not (tmp_path / "scores").exists()
 
 
 def test_a_digest_tells_ids_and_start_apart() -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from protos.scores import FinishReason, Message, Mode, Prompt, Sampling, TeacherInfo
+from protos.scores import Field, FinishReason, Message, Mode, Prompt, Sampling, TeacherInfo
 from student_trainer.batches import Padded, Row, pad
 from student_trainer.config import Config, NonPolicyDistillation, PolicyDistillation
+from student_trainer.full_distribution import TeacherHead, tensor
+from student_trainer.losses import Head
 from student_trainer.models import accept_objective, load_student, load_tokenizer
 from student_trainer.modes import render
 from student_trainer.stage_loss import METRICS, StageLoss
@@ -26,6 +28,16 @@ CONFIG = Config.model_validate(
 @pytest.fixture(scope="module")
 def model() -> Any:
     return accept_objective(load_student(CONFIG)).eval()
+
+
+@pytest.fixture(scope="module")
+def other_student() -> Any:
+    """A model that is not the teacher: the student with noise in its weights."""
+    other = accept_objective(load_student(CONFIG)).eval()
+    noise = torch.Generator().manual_seed(1)
+    for weight in other.parameters():
+        weight.data += 0.3 * weight.std() * torch.randn(weight.shape, generator=noise)
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +82,42 @@ def off(info: TeacherInfo, **options: Any) -> StageLoss:
 
 def on(info: TeacherInfo, **options: Any) -> StageLoss:
     return StageLoss.on_policy(PolicyDistillation(**options), info.normalized_size)
+
+
+def whole(client: TeacherClient) -> TeacherHead:
+    """The teacher's head, fetched into memory."""
+    head = client.head()
+    return TeacherHead(Head(tensor(head.weight, head.dtype)), client.teacher().hidden_dtype)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 0.7, "beta": 0.3, "temperature": 3.0},
+        {"loss": "reverse_kl", "temperature": 1.0},
+        {"loss": "jsd", "jsd_beta": 0.3, "temperature": 2.0, "t_squared": True},
+    ],
+    ids=lambda o: f"{o.get('loss', 'forward_kl')} at {o['temperature']}",
+)
+def test_the_whole_distribution_gives_what_a_top_k_of_the_whole_vocabulary_gives(
+    client: TeacherClient, rows: list[Row], other_student: Any, options: dict[str, Any]
+) -> None:
+    info, head = client.teacher(), whole(client)
+    bucketed = off(info, top_k=info.vocab_size, **options)
+    full = StageLoss.off_policy(
+        NonPolicyDistillation(**{"alpha": 1.0, "beta": 0.0, "distribution": "full", **options}), 0, head
+    )
+    assert full.spec.fields(0) == {Field.HIDDEN_STATES}
+    assert full.vocab_size == info.vocab_size == 305
+    want, found = (measure(other_student, loss, client, rows) for loss in (bucketed, full))
+    assert found["soft_loss"] > 0.03
+    for metric in METRICS:
+        assert found[metric] == pytest.approx(want[metric], abs=1e-5), metric
+
+
+def test_a_loss_over_the_whole_distribution_needs_the_head(client: TeacherClient) -> None:
+    with pytest.raises(ValueError, match="needs the teacher's LM head"):
+        StageLoss.on_policy(PolicyDistillation(distribution="full"), client.teacher().normalized_size)
 
 
 MAKERS: dict[str, Callable[[TeacherInfo], StageLoss]] = {

@@ -124,6 +124,48 @@ def test_both_stages_leave_the_documented_folders(go: Run, tmp_path: Path) -> No
     assert "stage 2, on-policy step 4/4: loss" in log
 
 
+FULL = {"distribution": "full"}
+
+
+def test_both_stages_train_on_the_whole_distribution(go: Run, tmp_path: Path) -> None:
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    sections = {"non_policy_distillation": FULL, "policy_distillation": FULL, "evaluation": {"batch_size": 3}}
+    shown = go(**sections, teacher=cache)
+    assert "exact, over the whole vocabulary" in shown
+    outputs = tmp_path / "outputs"
+    rows = json.loads((outputs / "summary.json").read_text())["rows"]
+    assert rows[2]["forward_kl"] < rows[1]["forward_kl"]
+    assert rows[0]["tail_share"] == rows[2]["tail_share"] == 0
+    log = (tmp_path / "distillation.log").read_text()
+    assert "full distribution: 896 bytes a token on the wire" in log
+    assert not list(outputs.rglob("scores-0.bin")), "hidden states are not kept"
+    (kept,) = (tmp_path / "cache" / "heads").iterdir()
+    about = json.loads((kept / "about.json").read_text())
+    assert about["dtype"] == "float32"
+    before = (kept / "about.json").stat().st_mtime_ns
+    go("policy", policy_distillation=FULL | {"max_steps": 1}, teacher=cache)
+    assert (kept / "about.json").stat().st_mtime_ns == before, "the second run fetched the head again"
+
+
+@pytest.mark.parametrize("transport", ["grpc", "http"])
+@pytest.mark.parametrize("stage", ["non_policy", "policy"])
+def test_the_first_step_on_the_whole_distribution_is_that_on_a_top_k_of_the_whole_vocabulary(
+    pair_teacher: dict[str, Any], tmp_path: Path, transport: str, stage: str
+) -> None:
+    name = "non_policy_distillation" if stage == "non_policy" else "policy_distillation"
+    found = []
+    for options in (FULL, {"top_k": 305}):
+        folder = tmp_path / str(len(found))
+        teacher = {"endpoint": pair_teacher[transport], "cache_dir": str(folder)}
+        config = settings(folder, "", teacher=teacher, **{name: options | {"max_steps": 1}})
+        run(config, stage, None, Console(file=io.StringIO()))
+        state = json.loads(next((folder / "outputs" / name).rglob("trainer_state.json")).read_text())
+        found.append(state["log_history"][0])
+    assert found[0]["soft_loss"] > 0.1
+    for metric in ("loss", "soft_loss", "forward_kl", "reverse_kl", "grad_norm"):
+        assert found[0][metric] == pytest.approx(found[1][metric], abs=1e-5, rel=1e-5), metric
+
+
 def test_an_epoch_asks_the_teacher_only_for_what_no_epoch_before_asked(
     go: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
