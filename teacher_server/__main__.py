@@ -1,6 +1,6 @@
 """`python -m teacher_server`: parses the configuration, then imports and runs the server.
 
-Exit codes: 0 stopped, 1 could not start, 2 the configuration cannot be used.
+Exit codes: 0 stopped, 1 could not start or lost its engine for good, 2 the configuration cannot be used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One server process: both transports on one event loop, the backend behind them, from the first bind to the last call.
 
-`/health` answers from the start and `/ready` once the backend has loaded; SIGTERM or SIGINT lets calls in progress end.
-It knows no message and no engine.
+`/health` answers from the start, `/ready` while the engine runs. SIGTERM or SIGINT lets calls in progress end, and so
+does an engine that is given up; the exit code is then 1. It knows no message and no engine.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import uvicorn
 
 from teacher_server.auth import Authenticator, TrustingAuthenticator
 from teacher_server.backends.base import Backend
+from teacher_server.backends.supervisor import EngineState, Supervised
 from teacher_server.config import ServerConfig
 from teacher_server.metrics import Metrics
 from teacher_server.service import ServiceSettings, TeacherService
@@ -29,7 +30,6 @@ from teacher_server.transports.http_transport import Http
 
 log = logging.getLogger(__name__)
 
-HEALTH_INTERVAL_S = 5.0
 FLUSH_S = 5.0
 """Seconds in which answers that are complete may still leave their sockets."""
 
@@ -79,8 +79,9 @@ class App:
             )
         )
         self._loop = asyncio.get_running_loop()
-        self.left_loading = False
-        """Whether `stop` came while the backend was loading; its thread may still run."""
+        self._changed = asyncio.Event()
+        self.left_behind = False
+        """Whether a thread of an engine may still run that could not be stopped; the process must end without it."""
         self.grpc_address = ""
         """host:port once bound."""
         self.http_address = ""
@@ -90,13 +91,13 @@ class App:
         """Begins to drain; a second call gives up what is still in progress."""
         (self._hurry if self._stopping.is_set() else self._stopping).set()
 
-    async def run(self) -> None:
-        """Serves until `stop`; StartError where it cannot begin."""
+    async def run(self) -> int:
+        """Serves until `stop`, then 0, or until the engine is given up, then 1; StartError where it cannot begin."""
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not in the main thread
                 self._loop.add_signal_handler(number, self.stop)
         listener = _listen(self._config.host, self._config.http_port)
-        backend: Backend | None = None
+        engine = Supervised(self._make_backend, self._config.restart_policy(), self._on_state)
         try:
             host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
             try:
@@ -108,51 +109,50 @@ class App:
             log.info("gRPC on %s, HTTP on %s; loading %s", self.grpc_address, self.http_address, self._config.model)
             web = asyncio.create_task(self._http.serve([listener]))
             try:
-                backend = await self._load()
-                if backend is not None:
-                    await self._serve(backend)
+                if await self._load(engine):
+                    await self._serve(engine)
             finally:
                 await self._shut(web)
         finally:
             listener.close()
-            if backend is not None:
-                await backend.close()
+            await engine.close()
+            self.left_behind |= engine.left_behind
+        return 1 if engine.gave_up else 0
 
-    async def _load(self) -> Backend | None:
-        """The loaded backend; None where `stop` came first."""
-        loading = asyncio.create_task(self._start_backend())
+    async def _load(self, engine: Supervised) -> bool:
+        """Whether the engine runs; False where `stop` came first."""
+        loading = asyncio.create_task(self._start(engine))
         stopping = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not loading.done():
             loading.cancel()
-            self.left_loading = True
+            await asyncio.wait({loading}, timeout=FLUSH_S)
             log.info("stopped while loading")
-            return None
-        return loading.result()
+            return False
+        loading.result()
+        return True
 
-    async def _start_backend(self) -> Backend:
+    async def _start(self, engine: Supervised) -> None:
         try:
-            backend = await asyncio.to_thread(self._make_backend)
-            await backend.start()
+            await engine.start()
         except (ValueError, OSError, ImportError, MemoryError) as error:
             log.debug("loading failed", exc_info=True)
             raise StartError(f"cannot load {self._config.model}: {_one_line(error)}") from error
         except Exception as error:
             log.exception("loading failed")
             raise StartError(f"cannot load {self._config.model}: {type(error).__name__}: {_one_line(error)}") from error
-        return backend
 
-    async def _serve(self, backend: Backend) -> None:
-        self.service.attach(backend)
-        await self._grpc.set_serving(True)
-        info = backend.info
-        log.info("ready: %s, %s, %s, fingerprint %s", info.name, info.engine, info.dtype, info.fingerprint)
-        log.info("gRPC %s  HTTP %s", self.grpc_address, self.http_address)
+    async def _serve(self, engine: Supervised) -> None:
+        self.service.attach(engine)
+        await self._grpc.set_serving(await engine.healthy())
+        log.info("ready: gRPC %s  HTTP %s", self.grpc_address, self.http_address)
         with self._ready_file():
-            watch = asyncio.create_task(self._watch_health())
+            report = asyncio.create_task(self._report_health(engine))
             await self._stopping.wait()
-            watch.cancel()
+            report.cancel()
+            if engine.gave_up:
+                log.error("%s", engine.gave_up)
             self.service.drain()
             await self._grpc.set_serving(False)
             log.info("draining %d calls for at most %g s", self.service.open_calls, self._config.grace_s)
@@ -172,16 +172,20 @@ class App:
         self._http.should_exit = True
         await asyncio.gather(self._grpc.stop(FLUSH_S), web)
 
-    async def _watch_health(self) -> None:
+    def _on_state(self, state: EngineState) -> None:
+        if state is EngineState.STARTING:
+            self.service.metrics.engine_restarts.inc()
+        if state is EngineState.GIVEN_UP:
+            self._stopping.set()
+        self._changed.set()
+
+    async def _report_health(self, engine: Supervised) -> None:
         """Keeps grpc.health.v1 equal to what /ready says."""
-        serving = True
         while True:
-            await asyncio.sleep(HEALTH_INTERVAL_S)
-            reason = await self.service.why_not_ready()
-            if serving == bool(reason):
-                serving = not reason
-                log.warning("health: %s", reason or "the engine answers again")
-                await self._grpc.set_serving(serving)
+            await self._changed.wait()
+            self._changed.clear()
+            self.service.measure()
+            await self._grpc.set_serving(await engine.healthy())
 
     @contextlib.contextmanager
     def _ready_file(self) -> Iterator[None]:

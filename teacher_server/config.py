@@ -11,7 +11,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from teacher_server.backends.options import Attention, BackendName, BackendOptions, DeviceName, DtypeName, Quantization
+from teacher_server.backends.options import (
+    Attention,
+    BackendName,
+    BackendOptions,
+    DeviceName,
+    DtypeName,
+    Quantization,
+    RestartPolicy,
+)
 
 
 class VllmConfig(BaseModel):
@@ -21,6 +29,19 @@ class VllmConfig(BaseModel):
 
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of vLLM's engine as they are, such as {"tensor_parallel_size": 8}; unknown ones are refused."""
+
+
+class RestartConfig(BaseModel):
+    """What happens when the engine dies."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    attempts: int = Field(default=3, ge=0)
+    """Times in restart.window_s that a dead engine is started again; at the next the server ends with code 1."""
+    window_s: float = Field(default=600.0, gt=0)
+    """Seconds in which the restarts count."""
+    backoff_s: float = Field(default=1.0, ge=0)
+    """Seconds before the first restart; each other one in the window waits twice as long, up to 30."""
 
 
 class ServerConfig(BaseModel):
@@ -50,6 +71,8 @@ class ServerConfig(BaseModel):
     """Tokens of one engine step; unset means the engine's default."""
     vllm: VllmConfig = VllmConfig()
     """The vLLM backend's own settings."""
+    restart: RestartConfig = RestartConfig()
+    """What happens when the engine dies."""
     host: str = "127.0.0.1"
     """Address to listen on, for both ports."""
     grpc_port: int = Field(default=50051, ge=0, le=65535)
@@ -94,6 +117,10 @@ class ServerConfig(BaseModel):
         chosen: dict[str, Any] = {name: getattr(self, name) for name in shared}
         chosen["vllm_engine_args"] = self.vllm.engine_args
         return BackendOptions(**{name: value for name, value in chosen.items() if value is not None})
+
+    def restart_policy(self) -> RestartPolicy:
+        """When a dead engine is started again."""
+        return RestartPolicy(**self.restart.model_dump())
 
 
 def is_loopback(host: str) -> bool:

@@ -52,6 +52,9 @@ class Metrics:
         self.request_seconds = Histogram(
             "teacher_request_seconds", "Seconds from a call to its end.", ["method"], buckets=SECONDS, registry=registry
         )
+        self.engine_restarts = Counter(
+            "teacher_engine_restarts", "Times that a dead engine was started again.", registry=registry
+        )
         self.queue_seconds = Histogram(
             "teacher_queue_seconds",
             "Seconds that a sequence or prompt waited for its turn.",

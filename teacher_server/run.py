@@ -16,8 +16,8 @@ from teacher_server.settings import render
 log = logging.getLogger(__name__)
 
 
-def run(config: ServerConfig) -> int:
-    """The exit code of a server that ran to its end."""
+def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
+    """The exit code of a server that ran to its end, on the backend that the settings name or that `make` gives."""
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -30,20 +30,20 @@ def run(config: ServerConfig) -> int:
 
         return make_backend(config.backend_options())
 
-    async def serve() -> None:
-        app = App(config, make_backend)
-        await app.run()
-        if app.left_loading:  # a thread that reads weights cannot be stopped, and there is nothing to lose
+    async def serve() -> int:
+        app = App(config, make or make_backend)
+        code = await app.run()
+        if app.left_behind:  # such a thread would be waited for, and there is nothing to lose
             logging.shutdown()
-            os._exit(0)
+            os._exit(code)
+        return code
 
     try:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            runner.run(serve())
+            return runner.run(serve())
     except StartError as error:
         print(f"teacher_server: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -23,11 +23,11 @@ MIN_RETRY_S, MAX_RETRY_S = 0.2, 60.0
 
 @dataclass(frozen=True)
 class Cost:
-    """`work`: tokens that the unit keeps the engine busy with, the currency of admission; `load`: tokens of its share
-    of one engine step, the currency of what is submitted at a time."""
+    """`work`: tokens that the unit keeps the engine busy with, the currency of admission; `load`: tokens that it takes
+    of the lane's capacity, or what gives their number when the unit's turn comes."""
 
     work: int
-    load: int
+    load: int | Callable[[], int]
 
 
 @dataclass(eq=False)
@@ -39,6 +39,7 @@ class Unit:
     lane: Lane
     turn: asyncio.Future[None]
     admitted_at: float
+    load: int = 0
     running: bool = False
     closed: bool = False
 
@@ -70,11 +71,12 @@ class Lane:
             name, queue = min(self._queues.items(), key=lambda item: item[1].served)
             unit = queue.units[0]
             if not unit.turn.done():
-                if self.submitted and self.submitted + unit.cost.load > self.capacity:
+                unit.load = unit.cost.load if isinstance(unit.cost.load, int) else unit.cost.load()
+                if self.submitted and self.submitted + unit.load > self.capacity:
                     return
                 self._virtual_time = queue.served
-                queue.served += unit.cost.load
-                self.submitted += unit.cost.load
+                queue.served += unit.load
+                self.submitted += unit.load
                 unit.running = True
                 unit.turn.set_result(None)
             queue.units.popleft()
@@ -84,7 +86,7 @@ class Lane:
     def drop(self, unit: Unit) -> None:
         """Takes back what the unit held: its room if it ran, its place in the queue if it waited."""
         if unit.running:
-            self.submitted -= unit.cost.load
+            self.submitted -= unit.load
             return
         queue = self._queues.get(unit.client)
         if queue is not None and unit in queue.units:

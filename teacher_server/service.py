@@ -17,14 +17,17 @@ from protos.head import Head, rows_per_message
 from protos.scores import CompletionDelta, GenerateRequest, Ids, Mode, Prompt, ScoreRequest, Scores, TeacherInfo
 from teacher_server import checks
 from teacher_server.auth import Caller
-from teacher_server.backends.base import Backend, TextCodec
+from teacher_server.backends.base import Backend, Room, TextCodec
 from teacher_server.calls import RETRY_S, Calls
 from teacher_server.generation import Merged, complete, tokenize
 from teacher_server.hidden import HiddenBudget
+from teacher_server.lengths import Lengths
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
 from teacher_server.scoring import Scoring
 
+SLACK = 1.25
+"""Times what the engine generates at once that is submitted, so that whatever ends is followed at once."""
 CHECK_IN_THREAD = 1 << 18
 """Number of ids from which a call is checked off the event loop."""
 
@@ -65,6 +68,7 @@ class TeacherService:
         self._calls = Calls(metrics)
         self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences)
         self._score_lane, self._generate_lane = Lane(0), Lane(0)
+        self._room, self._lengths = Room(1, 1), Lengths()
         self._scoring = Scoring(self._scheduler, self._score_lane, metrics, settings.cache_bytes, settings.cache)
         self._hidden = HiddenBudget(settings.hidden_bytes)
         metrics.queue_tokens.set_function(lambda: self._scheduler.tokens)
@@ -76,8 +80,15 @@ class TeacherService:
     def attach(self, backend: Backend) -> None:
         """Opens for calls with a backend that has started."""
         self._backend = backend
-        self._score_lane.capacity = self._generate_lane.capacity = 2 * backend.batch_tokens
+        self.measure()
         self.state = State.READY
+
+    def measure(self) -> None:
+        """Takes over how much the engine takes; to be called again when it was started anew."""
+        if self._backend is not None:
+            self._room = self._backend.generation_room
+            self._score_lane.capacity = 2 * self._backend.batch_tokens
+            self._generate_lane.capacity = int(SLACK * self._room.tokens)
 
     def drain(self) -> None:
         """Refuses new calls with Unavailable from now on; those in progress go on, and `drained` waits for them."""
@@ -181,7 +192,10 @@ class TeacherService:
                 checks.check_prompt(index, prompts[-1], max_tokens, info)
                 await asyncio.sleep(0)
             checks.check_request_tokens(sum(len(ids) for ids in prompts), info)
-            costs = [Cost(len(ids) + request.n * max_tokens, len(ids) + request.n) for ids in prompts]
+            costs = [
+                Cost(len(ids) + request.n * max_tokens, functools.partial(self._load, len(ids), request, mode))
+                for ids, mode in zip(prompts, modes, strict=True)
+            ]
             self._open_backend()
             units = self._scheduler.admit(self._generate_lane, caller.name, costs)
             merged = Merged()
@@ -199,6 +213,12 @@ class TeacherService:
             finally:
                 await merged.close()
 
+    def _load(self, prompt_tokens: int, request: GenerateRequest, mode: Mode | None) -> int:
+        """Tokens of the engine's room that a prompt's completions will take; each takes a row's share at least."""
+        each = self._lengths.expected(mode, request.sampling.max_tokens)
+        row = self._room.tokens // max(1, self._room.completions)
+        return max(prompt_tokens + request.n * each, request.n * row)
+
     async def _complete(
         self,
         backend: Backend,
@@ -214,6 +234,10 @@ class TeacherService:
         name = mode.value if mode else "none"
         self.metrics.queue_seconds.labels("generate").observe(self._scheduler.waited(unit))
         self.metrics.prompt_tokens.labels(name).inc(len(prompt_ids))
+        tokens = [0] * request.n
         async for delta in complete(backend, request, index, prompt_ids, mode):
             self.metrics.generated_tokens.labels(name).inc(len(delta.token_ids))
+            tokens[delta.sample_index] += len(delta.token_ids)
+            if delta.finish_reason is not None:
+                self._lengths.observe(mode, tokens[delta.sample_index], request.sampling.max_tokens)
             merged.put(delta)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -34,10 +34,16 @@ class Server:
     """A server in this process."""
 
     app: App
-    backend: Any
+    backends: list[Any]
+    """Every engine that was made, the present one last."""
     grpc: str
     http: str
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def backend(self) -> Any:
+        """The present engine."""
+        return self.backends[-1]
 
     def call(self, function: Callable[[], Any]) -> None:
         """Runs `function` on the server's loop, soon."""
@@ -71,12 +77,13 @@ def serving(
     """A server on free ports, on its own thread; at the end it is stopped and its thread has ended."""
     config = ServerConfig(**{"model": "theory", "grpc_port": 0, "http_port": 0, "grace_s": 0.0} | settings)
     made: dict[str, Any] = {}
+    backends: list[Any] = []
     failure: list[BaseException] = []
     begun = threading.Event()
 
     def build() -> Backend:
-        made["backend"] = make_backend()
-        return made["backend"]
+        backends.append(make_backend())
+        return cast(Backend, backends[-1])
 
     async def main() -> None:
         made["app"] = App(config, build, authenticator)
@@ -101,7 +108,7 @@ def serving(
         if wait_ready:
             wait_for(lambda: failure or app.service.state.name == "READY")
         assert not failure, failure
-        yield Server(app, made.get("backend"), app.grpc_address, app.http_address, made["loop"])
+        yield Server(app, backends, app.grpc_address, app.http_address, made["loop"])
     finally:
         if thread.is_alive():
             made["loop"].call_soon_threadsafe(app.stop)

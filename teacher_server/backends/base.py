@@ -39,6 +39,17 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
+@dataclass(frozen=True)
+class Room:
+    """How much generation an engine runs at a time.
+
+    `tokens` are those of prompts and completions whose keys and values it keeps, `completions` the rows of a step.
+    """
+
+    tokens: int
+    completions: int
+
+
 def limits(options: BackendOptions, vocab_size: int, longest: int) -> Limits:
     """What a model of that vocabulary and of at most `longest` tokens accepts; any one sequence fits a call."""
     return Limits(
@@ -83,6 +94,11 @@ class Backend(Protocol):
     @property
     def batch_tokens(self) -> int:
         """Tokens that one engine step takes; the service keeps about twice as many submitted, and no more."""
+        ...
+
+    @property
+    def generation_room(self) -> Room:
+        """What it generates at a time; the service keeps a little more submitted. Valid once `start` has returned."""
         ...
 
     async def start(self) -> None:

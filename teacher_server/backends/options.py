@@ -14,6 +14,18 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 
 @dataclass(frozen=True)
+class RestartPolicy:
+    """An engine that dies is started again at most `attempts` times within `window_s` seconds.
+
+    The first time after `backoff_s` seconds, which double with each other time in the window, up to 30.
+    """
+
+    attempts: int = 3
+    window_s: float = 600.0
+    backoff_s: float = 1.0
+
+
+@dataclass(frozen=True)
 class BackendOptions:
     """The choices that `factory.make_backend` takes; None leaves a number to the model and the defaults.
 

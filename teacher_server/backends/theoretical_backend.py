@@ -16,7 +16,7 @@ import numpy as np
 from protos.errors import TeacherFailed, Unavailable
 from protos.head import Head
 from protos.scores import Field, FinishReason, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
-from teacher_server.backends.base import Piece, limits
+from teacher_server.backends.base import Piece, Room, limits
 from teacher_server.backends.byte_text import ByteText
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.randomness import generator
@@ -102,6 +102,11 @@ class TheoreticalBackend:
     def batch_tokens(self) -> int:
         """Tokens of one step; only what the service makes of it depends on this."""
         return self._options.batch_tokens
+
+    @property
+    def generation_room(self) -> Room:
+        """Four steps' tokens, as many completions as one step has."""
+        return Room(4 * self._options.batch_tokens, self._options.batch_tokens)
 
     async def start(self) -> None:
         """Needs no time."""

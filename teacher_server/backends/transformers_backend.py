@@ -17,7 +17,7 @@ from protos.head import Head
 from protos.scores import Field, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import features as features_module
 from teacher_server.backends import model_files, readout_check, transformers_model
-from teacher_server.backends.base import Piece, limits
+from teacher_server.backends.base import Piece, Room, limits
 from teacher_server.backends.jobs import GenerateJob, ScoreJob
 from teacher_server.backends.lm_head import LmHead, offered
 from teacher_server.backends.options import BackendOptions
@@ -30,6 +30,8 @@ from teacher_server.backends.worker import Engine, Worker
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT_SEQUENCE_TOKENS = 32768
+_MOST_ROWS = 1024
+"""Completions that grow at the same time."""
 
 
 class TransformersBackend:
@@ -42,6 +44,7 @@ class TransformersBackend:
         self._tags: ThinkTags | None = None
         self._worker: Worker | None = None
         self._head: LmHead | None = None
+        self._room = Room(0, 0)
 
     @property
     def info(self) -> TeacherInfo:
@@ -61,6 +64,11 @@ class TransformersBackend:
     def batch_tokens(self) -> int:
         """Tokens of one scoring batch, padding included."""
         return self._options.batch_tokens
+
+    @property
+    def generation_room(self) -> Room:
+        """Positions of the cache of keys and values, and rows of the running batch."""
+        return self._room
 
     async def start(self) -> None:
         """Loads and checks the model in its thread, so that the loop can answer meanwhile."""
@@ -86,6 +94,7 @@ class TransformersBackend:
         self._text, self._tags = text, ThinkTags.of(text.think_ids, text.encode(CLOSING_TEXT))
         self._info = self._describe(text, loaded, vocab_size, self._fingerprint(text, loaded))
         limits = self._info.limits
+        self._room = Room(_cache_tokens(loaded, options.batch_tokens), _MOST_ROWS)
         generation = SamplingLoop(
             features,
             loaded.decoder,
@@ -94,7 +103,8 @@ class TransformersBackend:
             eos=text.eos_token_ids,
             max_tokens=limits.sequence_tokens,
             prefill_tokens=options.batch_tokens,
-            cache_tokens=_cache_tokens(loaded, options.batch_tokens),
+            cache_tokens=self._room.tokens,
+            most_rows=self._room.completions,
         )
         return Engine(
             scorer=Scorer(features, loaded.device, vocab_size, kernels, packs=loaded.packs),

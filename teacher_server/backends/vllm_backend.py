@@ -19,7 +19,7 @@ from protos.errors import TeacherFailed, Unavailable, Unsupported
 from protos.head import Head, held_as, itemsize
 from protos.scores import Field, Floats, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import model_files, vllm_check, vllm_options
-from teacher_server.backends.base import Piece, limits
+from teacher_server.backends.base import Piece, Room, limits
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.text import HuggingFaceText
 from teacher_server.backends.thinking import CLOSING_TEXT, ThinkTags
@@ -67,6 +67,17 @@ class VllmBackend:
         if self._engine is None:
             return self._options.batch_tokens
         return int(self._engine.config.scheduler_config.max_num_batched_tokens)
+
+    @property
+    def generation_room(self) -> Room:
+        """The engine's blocks of keys and values, and the sequences of one step, over all its replicas."""
+        if self._engine is None:
+            return Room(0, 0)
+        config = self._engine.config
+        cache, replicas = config.cache_config, int(config.parallel_config.data_parallel_size)
+        each = getattr(cache, "kv_cache_size_tokens", None)  # knows about models with several kinds of attention
+        tokens = each * replicas if each else int(cache.num_gpu_blocks or 0) * int(cache.block_size)
+        return Room(max(tokens, self.batch_tokens), int(config.scheduler_config.max_num_seqs) * replicas)
 
     async def start(self) -> None:
         """Starts the engine, puts the scorer into its workers and checks what it says."""

@@ -347,7 +347,12 @@ def test_a_draining_teacher_is_unavailable_with_a_delay(make_wire: Callable[...,
 def test_a_crashed_engine_is_unavailable(make_wire: Callable[..., Wire]) -> None:
     with serving(theory(Behaviour(crashing_id=7))) as server:
         wire = make_wire(server)
-        expect(wire, lambda: wire.score(ScoreRequest((Sequence([1, 7]),))), errors.Unavailable, "engine is down")
+        expect(
+            wire,
+            lambda: wire.score(ScoreRequest((Sequence([1, 7]),))),
+            errors.Unavailable,
+            "engine died and is started again",
+        )
 
 
 class Refusing:
