@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.scoring.shapes import SHAPES
 from benchmarks.scoring.work import GRPC, HTTP, PREFILL, TOP_64, VLLM_HTTP
+from protos.scores import Field
 
 Result = dict[str, Any]
 
@@ -77,7 +78,7 @@ def _pad(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 def table(result: Result) -> list[str]:
     """The rows side by side; rates in tokens/s over all tokens of the sequences."""
     head = ["what", "path", "clients", "tokens/s", "lowest to highest", "of prefill"]
-    head += ["bytes a position", "server", "engine", "clients' CPU"]
+    head += ["bytes a position", "server, cores", "engine, cores", "clients, cores"]
     prefill = find(result, PREFILL)
     lines = [head]
     for row in result["rows"]:
@@ -132,7 +133,7 @@ def _with_unit(number: float, unit: str) -> str:
 
 
 def notes(result: Result) -> list[str]:
-    """A line for each part that failed or was skipped, equal ones once."""
+    """A line for each part that failed or was skipped, equal ones once, and one for what the teacher lacks."""
     named = [(f"{row['kind']}, {row['path']}", row) for row in result["rows"]]
     named += [(f"{kind}, wire", found) for kind, found in result["wire"].items()]
     lines = [
@@ -141,6 +142,9 @@ def notes(result: Result) -> list[str]:
         for key, how in (("failure", "failed"), ("skipped", "skipped"))
         if key in found
     ]
+    info = result["servers"].get("teacher", {}).get("info", {})
+    if missing := sorted({field.value for field in Field} - set(info.get("fields", []))) if info else []:
+        lines.append(f"- This teacher ({info['engine']}) does not offer {', '.join(missing)}.")
     return list(dict.fromkeys(lines))
 
 
@@ -158,7 +162,7 @@ def heading(result: Result) -> list[str]:
         f"{sequences}, {load['per_call']} in a call; {plan['dtype']}, {plan['batch_tokens']:,} tokens an engine step,"
         " random weights, the server's cache off.",
         f"Medians of {plan['repeats']} rounds of {plan['seconds']:g} s or more after a warm-up, over all tokens of the"
-        " sequences. CPU is in cores.",
+        " sequences. Cores are CPU seconds by seconds.",
     ]
 
 

@@ -6,6 +6,7 @@ The result is written after each row, so that a run that is cut off leaves what 
 from __future__ import annotations
 
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -14,6 +15,8 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+import httpx
 
 from benchmarks.scoring import machine, rounds, servers, shapes, wire
 from benchmarks.scoring.client import Job
@@ -36,7 +39,7 @@ class Run:
         self._begun = time.monotonic()
         self.result: dict[str, Any] = {
             "machine": machine.describe(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": shlex.join(["python", *sys.argv]),
             "plan": asdict(plan) | {"only": sorted(plan.only), "tokenizer": str(plan.tokenizer or "made up")},
             "servers": {},
             "rows": [],
@@ -71,10 +74,10 @@ class Run:
         try:
             self._in_time()
             with start(self._plan, model, self._work) as server:
-                command = " ".join(server.command)
-                self.result["servers"][start.__name__] = {"command": command, "start_s": server.start_s}
+                said = {"command": shlex.join(server.command), "start_s": server.start_s, "info": server.info}
+                self.result["servers"][start.__name__] = said
                 use(server, rows)
-        except (Failed, Skipped, OSError) as error:
+        except (Failed, Skipped, OSError, httpx.HTTPError) as error:
             recorded = {(row["kind"], row["path"], row["clients"]) for row in self.result["rows"]}
             for row in rows:
                 if (row.kind, row.path, row.clients) not in recorded:

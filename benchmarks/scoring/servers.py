@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.scoring import processes
 from benchmarks.scoring.plan import Plan
 from benchmarks.scoring.work import Skipped
 
-START_S = 600.0
+START_S = 360.0
 ADDRESS = "127.0.0.1"
 VLLM_NAME = "model"
 """What vLLM's own server calls the model."""
@@ -24,12 +26,14 @@ VLLM_NAME = "model"
 
 @dataclass(frozen=True)
 class Server:
-    """A running server: its process id, its addresses, the seconds that its start took, and its command line."""
+    """A running server: its process id, addresses, the seconds that its start took, its command line, what it says of
+    itself."""
 
     pid: int
     addresses: dict[str, str]
     start_s: float
     command: list[str]
+    info: dict[str, Any]
 
 
 @contextmanager
@@ -47,7 +51,9 @@ def teacher(plan: Plan, model: Path, work: Path) -> Iterator[Server]:
         processes.wait(process, log, ready.exists, START_S, "the teacher server")
         said = json.loads(ready.read_text("utf-8"))
         addresses = {"grpc": said["grpc"], "http": said["http"]}
-        yield Server(process.pid, addresses, time.monotonic() - begun, ["python", *command])
+        took = time.monotonic() - begun
+        info = httpx.get(addresses["http"] + "/v1/teacher", trust_env=False).raise_for_status().json()
+        yield Server(process.pid, addresses, took, ["python", *command], info)
 
 
 @contextmanager
@@ -68,7 +74,7 @@ def vllm_http(plan: Plan, model: Path, work: Path) -> Iterator[Server]:
     with processes.running(command, log) as process:
         processes.wait(process, log, lambda: _answers(port), START_S, "vLLM's own server")
         address = f"http://{ADDRESS}:{port}"
-        yield Server(process.pid, {"http": address}, time.monotonic() - begun, ["python", *command])
+        yield Server(process.pid, {"http": address}, time.monotonic() - begun, ["python", *command], {})
 
 
 def prefill(plan: Plan, model: Path, work: Path) -> dict[str, Any]:
@@ -108,8 +114,6 @@ def _free_port() -> int:
 
 
 def _answers(port: int) -> bool:
-    import httpx
-
     try:
         return httpx.get(f"http://{ADDRESS}:{port}/health", trust_env=False, timeout=2).status_code == 200
     except httpx.HTTPError:

@@ -38,14 +38,6 @@ class Kind:
             want = ScoreSpec(self.top_k, self.temperatures).fields(self.candidates) & info.fields | needed
         return ScoreSpec(self.top_k, self.temperatures, want)
 
-    def left_out(self, info: TeacherInfo) -> str:
-        """Which of the usual fields this teacher cannot give, for the table's notes; empty where it gives all."""
-        if self.alone:
-            return ""
-        usual = ScoreSpec(self.top_k, self.temperatures).fields(self.candidates)
-        missing = sorted(field.value for field in usual - info.fields)
-        return f"without {', '.join(missing)}" if missing else ""
-
 
 TOP_64 = Kind("top-64", top_k=64)
 KINDS = {

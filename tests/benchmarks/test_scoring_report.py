@@ -32,6 +32,7 @@ def result(*rows: dict[str, Any], shape: str = "qwen3-8b", **wire: float) -> dic
         "machine": machine | {"versions": versions, "commit": ""},
         "command": "python benchmarks/teacher_scoring.py",
         "plan": {"shape": shape, "dtype": "bfloat16", "load": load, "batch_tokens": 8192, "repeats": 3, "seconds": 3.0},
+        "servers": {"teacher": {"info": {"engine": "vllm 0.33.0", "fields": ["top", "token_logprobs"]}}},
         "rows": list(rows),
         "wire": {TOP_64.name: wire} if wire else {},
     }
@@ -93,6 +94,7 @@ def test_the_table_says_the_share_of_prefill_and_what_failed() -> None:
     assert any("failed" in line for line in lines)
     assert any("skipped" in line for line in lines)
     assert report.notes(WHOLE)[0] == "- top-1, gRPC: failed: the server\nbroke"
+    assert "does not offer candidate_logprobs" in report.notes(WHOLE)[-1]
 
 
 def test_a_page_keeps_its_text_and_gets_the_results() -> None:
