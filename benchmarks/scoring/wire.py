@@ -55,6 +55,7 @@ def _measure(addresses: dict[str, str], load: Load, kind: str) -> dict[str, Any]
         done = [reader.add_bytes(data) for data in messages]
         times.append(time.thread_time() - begun)
         assert sum(scores is not None for scores in done) == count
+        del done, reader  # a trainer lets go of a batch's scores before it takes the next ones
     sent = sum(len(m.SerializeToString()) for m in codec.encode_score_request(request, codec.CHUNK_BYTES))
     return {
         "positions": positions,
