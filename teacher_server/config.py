@@ -40,7 +40,7 @@ class RestartConfig(BaseModel):
     """Times in restart.window_s that a dead engine is started again; at the next the server ends with code 1."""
     window_s: float = Field(default=600.0, gt=0)
     """Seconds in which the restarts count."""
-    backoff_s: float = Field(default=1.0, ge=0)
+    backoff_s: float = Field(default=1.0, ge=0, le=30)
     """Seconds before the first restart; each other one in the window waits twice as long, up to 30."""
 
 

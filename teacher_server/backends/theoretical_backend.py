@@ -1,12 +1,13 @@
 """A teacher whose answers are known by theory, for tests of everything above a backend; needs numpy alone.
 
-It is the chain of `theory.py` over the bytes of `byte_text.py`, with a speed that tests can set and three ways to fail
-on purpose. It keeps every promise of `base.Backend`, cancellation included.
+It is the chain of `theory.py` over the bytes of `byte_text.py`, with a speed that tests can set and several ways to
+fail on purpose. It keeps every promise of `base.Backend`, cancellation included.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -33,7 +34,9 @@ class Behaviour:
     `kappa` is the chain's certainty. `tokens_per_second` (None is as fast as it goes) and `latency_s` (added to each
     call) are its speed; calls share the one engine, so they queue for the tokens. A sequence or prompt that holds
     `failing_id` gives TeacherFailed, `hanging_id` never answers, `crashing_id` takes the engine down: from then on it
-    is unhealthy and every call, those in flight too, fails with Unavailable.
+    is unhealthy and every call, those in flight too, fails with Unavailable. `vanishing_id` takes it down in silence:
+    it is unhealthy and no call is answered any more; with `freezing_id` it does not even say whether it is healthy.
+    `close_s` is how long its end takes, `broken` why it does not start.
     """
 
     kappa: float = 3.0
@@ -42,6 +45,10 @@ class Behaviour:
     failing_id: int | None = None
     hanging_id: int | None = None
     crashing_id: int | None = None
+    vanishing_id: int | None = None
+    freezing_id: int | None = None
+    close_s: float = 0.0
+    broken: str = ""
 
 
 @dataclass
@@ -71,6 +78,7 @@ class TheoreticalBackend:
         )
         self._eos = frozenset(self.text.eos_token_ids)
         self._down: asyncio.Event | None = None
+        self._gone = self._frozen = False
         self._free_at = 0.0
 
     @property
@@ -109,7 +117,9 @@ class TheoreticalBackend:
         return Room(4 * self._options.batch_tokens, self._options.batch_tokens)
 
     async def start(self) -> None:
-        """Needs no time."""
+        """Needs no time; ValueError where it is broken."""
+        if self.behaviour.broken:
+            raise ValueError(self.behaviour.broken)
         self._down = asyncio.Event()
 
     async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
@@ -166,10 +176,17 @@ class TheoreticalBackend:
 
     async def healthy(self) -> bool:
         """False after a crash and before start."""
-        return self._down is not None and not self._down.is_set()
+        if self._frozen:
+            await _for_ever()
+        return self._down is not None and not self._down.is_set() and not self._gone
+
+    def vanish(self) -> None:
+        """Dies in silence, as at `vanishing_id`."""
+        self._gone = True
 
     async def close(self) -> None:
         """Fails what is in flight with Unavailable."""
+        await asyncio.sleep(self.behaviour.close_s)
         if self._down is not None:
             self._down.set()
 
@@ -182,18 +199,29 @@ class TheoreticalBackend:
             self._down.set()
         if asked.failing_id is not None and asked.failing_id in ids:
             raise TeacherFailed
+        if asked.vanishing_id is not None and asked.vanishing_id in ids:
+            self.vanish()
+        if asked.freezing_id is not None and asked.freezing_id in ids:
+            self.vanish()
+            self._frozen = True
+        if self._gone:
+            await _for_ever()
         loop = asyncio.get_running_loop()
         rate = asked.tokens_per_second
         self._free_at = max(self._free_at, loop.time()) + (tokens / rate if rate else 0.0)
         wait: float | None = self._free_at - loop.time() + latency_s
         if asked.hanging_id is not None and asked.hanging_id in ids:
             wait = None
-        try:
+        with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._down.wait(), wait) if wait is None or wait > 0 else await asyncio.sleep(0)
-        except TimeoutError:
-            return
+        if self._gone:
+            await _for_ever()
         if self._down.is_set():
             raise Unavailable("the teacher's engine is down", retry_after_s=1.0)
+
+
+async def _for_ever() -> None:
+    await asyncio.Event().wait()
 
 
 @dataclass
