@@ -14,8 +14,8 @@ from protos.teacher.v1 import teacher_pb2 as pb
 CHUNK_BYTES = 1280 * 1024
 """Target size of one streamed message in bytes, below gRPC's default limit of 4 MiB.
 
-2,048 positions of a top-64 fit one message, whose arrays are then views of it; the three messages of 512 KiB, which have
-to be copied together, cost a client four times as much.
+2,048 positions of a top-64 fit one message, whose arrays are then views of it; three messages of 512 KiB, which have to
+be copied together, cost a client four times as much.
 """
 
 
