@@ -26,7 +26,7 @@ from teacher_server.backends.theoretical_backend import Behaviour, TheoreticalBa
 from teacher_server.config import ServerConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-WAIT_S = 60.0
+WAIT_S = 120.0
 
 
 @dataclass

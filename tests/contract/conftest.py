@@ -30,7 +30,17 @@ def transformers_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield server
 
 
-@pytest.fixture(params=["theoretical", "transformers"])
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the same model behind the real vLLM, without a cache."""
+    from tests.teacher_server.backends.vllm.conftest import options
+
+    folder = make(Path(tmp_path_factory.mktemp("qwen3_vllm")))
+    with serving(lambda: make_backend(options(folder, batch_tokens=1024)), cache=False) as server:
+        yield server
+
+
+@pytest.fixture(params=["theoretical", "transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
 def server(request: pytest.FixtureRequest) -> Server:
     """Each backend's server."""
     found: Server = request.getfixturevalue(f"{request.param}_server")

@@ -178,6 +178,58 @@ def test_the_engine_holds_two_batches_and_no_more() -> None:
         wire.close()
 
 
+def short_prompts(count: int, max_tokens: int = 12, **sampling: Any) -> GenerateRequest:
+    """Prompts of 8 tokens."""
+    prompts = tuple(Prompt(token_ids=(*range(1, 8), i % 200)) for i in range(count))
+    return GenerateRequest(prompts, Sampling(max_tokens, ignore_eos=True, **sampling))
+
+
+def test_generation_has_the_room_that_its_engine_has_and_a_quarter_more() -> None:
+    """Room for 160 tokens; a prompt and its completion take 20."""
+    with serving(theory(Behaviour(tokens_per_second=400), batch_tokens=40)) as server:
+        wire = GrpcWire(server.grpc, server.http)
+        thread = threading.Thread(target=wire.generate, args=(short_prompts(30),))
+        thread.start()
+        wait_for(lambda: server.metric("teacher_submitted_tokens", lane="generate") == 200)
+        seen = []
+        while thread.is_alive():
+            seen.append(server.metric("teacher_submitted_tokens", lane="generate"))
+        assert max(seen) <= 200
+        thread.join()
+        wire.close()
+
+
+def test_completions_that_end_early_let_more_prompts_in() -> None:
+    with serving(theory(Behaviour(hanging_id=HANGING), batch_tokens=40)) as server, ThreadPoolExecutor(2) as pool:
+        wire = GrpcWire(server.grpc, server.http, timeout=2)
+        hanging = GenerateRequest((Prompt(token_ids=(HANGING,)),) * 64, Sampling(39))
+        held = pool.submit(wire.generate, hanging)
+        wait_for(lambda: server.metric("teacher_submitted_tokens", lane="generate") == 200)
+        assert server.backend.counters.generated == 5
+        assert isinstance(held.exception(), errors.DeadlineExceeded)
+        wire.generate(short_prompts(128, 100, stop_token_ids=tuple(range(261))))
+        begun = server.backend.counters.generated
+        held = pool.submit(wire.generate, hanging)
+        wait_for(lambda: server.metric("teacher_submitted_tokens", lane="generate") > 190)
+        assert server.backend.counters.generated - begun > 30
+        assert isinstance(held.exception(), errors.DeadlineExceeded)
+        wire.close()
+
+
+def test_one_clients_many_prompts_do_not_keep_another_waiting() -> None:
+    with serving(theory(Behaviour(tokens_per_second=4000), batch_tokens=40)) as server, ThreadPoolExecutor(1) as pool:
+        greedy = GrpcWire(server.grpc, server.http, client="greedy")
+        modest = HttpWire(server.grpc, server.http, client="modest")
+        held = pool.submit(greedy.generate, short_prompts(400))
+        wait_for(lambda: server.backend.counters.generated >= 10)
+        modest.generate(short_prompts(1))
+        assert server.backend.counters.generated < 100
+        assert not held.done()
+        held.result()
+        greedy.close()
+        modest.close()
+
+
 def test_health_follows_readiness_for_each_service() -> None:
     loaded = threading.Event()
 

@@ -102,6 +102,21 @@ async def test_a_client_that_comes_late_owes_nothing_and_is_owed_nothing() -> No
 
 
 @on_a_loop
+async def test_a_load_that_is_not_known_yet_is_asked_for_when_its_turn_comes() -> None:
+    scheduler, lane, size = Scheduler(10_000, 100), Lane(100), 60
+    units = scheduler.admit(lane, "a", [Cost(60, lambda: size) for _ in range(8)])
+    assert sum(running(units)) == 1
+    size = 10
+    scheduler.close(units[0])
+    assert running(units) == [True] * 8  # the first, which took 60, and 7 that take 10 each
+    assert lane.submitted == 70
+    size = 1000
+    for unit in units:
+        scheduler.close(unit)
+    assert (lane.submitted, scheduler.tokens) == (0, 0)
+
+
+@on_a_loop
 async def test_lanes_do_not_wait_for_each_other() -> None:
     scheduler, score, generate = Scheduler(1000, 100), Lane(10), Lane(10)
     scheduler.admit(generate, "a", costs(10, 10))
