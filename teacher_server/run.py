@@ -11,9 +11,13 @@ from collections.abc import Callable
 from teacher_server.app import App, StartError
 from teacher_server.backends.base import Backend
 from teacher_server.config import ServerConfig
+from teacher_server.leftovers import end_processes
 from teacher_server.settings import render
 
 log = logging.getLogger(__name__)
+
+LEFTOVERS_S = 10.0
+"""Seconds that processes of an engine get to end when its start was interrupted."""
 
 
 def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
@@ -34,6 +38,7 @@ def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
         app = App(config, make or make_backend)
         code = await app.run()
         if app.left_behind:  # such a thread would be waited for, and there is nothing to lose
+            await asyncio.to_thread(end_processes, LEFTOVERS_S)
             logging.shutdown()
             os._exit(code)
         return code

@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -155,7 +156,7 @@ def test_what_waited_for_its_turn_ends_with_the_engine_too() -> None:
 
 
 SCRIPT = """
-import sys, time
+import subprocess, sys
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.theoretical_backend import Behaviour, TheoreticalBackend
 from teacher_server.run import run
@@ -222,13 +223,18 @@ def test_weights_that_changed_under_a_running_server_end_it_with_both_fingerprin
     assert "has fingerprint " in line
 
 
-def test_a_server_that_is_stopped_during_a_restart_leaves_at_once(tmp_path: Path) -> None:
-    running, addresses = process(tmp_path, "if len(made) > 1: time.sleep(3600)")
+def test_a_server_that_is_stopped_during_a_restart_leaves_at_once_and_no_process(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    second = f"if len(made) > 1: subprocess.run('echo $$ > {started}; exec sleep 3600', shell=True)"
+    running, addresses = process(tmp_path, second)
     try:
         kill_engine(addresses)
         wait_for(lambda: "teacher_engine_restarts_total 1.0" in httpx.get(f"{addresses['http']}/metrics").text)
+        child = int(wait_for(lambda: started.exists() and started.read_text()))
+        assert psutil.pid_exists(child)
         running.terminate()
         assert running.wait(60) == 0
+        wait_for(lambda: not psutil.pid_exists(child))
     finally:
         running.kill()
         running.wait()
