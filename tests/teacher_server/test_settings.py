@@ -35,6 +35,8 @@ def test_the_command_line_wins_over_the_environment_over_the_file_over_the_defau
         (["--model", "m", "--config", "/does/not/exist"], {}, "cannot read the configuration file /does/not/exist"),
         (["--model", "m", "--vllm-engine-args", "3"], {}, "vllm.engine_args (command line): "),
         (["--model", "m"], {"TEACHER_VLLM_ENGIN_ARGS": "{}"}, "did you mean TEACHER_VLLM_ENGINE_ARGS?"),
+        (["--model", "m", "--restart-attempts", "-1"], {}, "restart.attempts (command line): "),
+        (["--model", "m"], {"TEACHER_RESTART_BACKOFF_S": "31"}, "restart.backoff_s (environment): "),
         (["--model"], {}, "--model: expected one argument"),
     ],
 )
@@ -74,6 +76,14 @@ def test_a_section_is_nested_in_a_file_and_flat_elsewhere(tmp_path: Path) -> Non
     assert config.backend_options().vllm_engine_args == {"seed": 1, "hf_overrides": {"a": "b"}}
     file.write_text(render(config))
     assert load(line, {})[0] == config
+
+
+def test_the_sources_of_a_sections_fields_mix(tmp_path: Path) -> None:
+    file = tmp_path / "server.yaml"
+    file.write_text("model: m\nrestart: {attempts: 1, window_s: 60}\n")
+    line = ["--config", str(file), "--restart-attempts", "5"]
+    policy = load(line, {"TEACHER_RESTART_BACKOFF_S": "2.5"})[0].restart_policy()
+    assert (policy.attempts, policy.window_s, policy.backoff_s) == (5, 60, 2.5)
 
 
 def test_what_kubernetes_says_about_a_service_named_teacher_is_not_a_setting() -> None:
