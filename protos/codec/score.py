@@ -8,7 +8,8 @@ import numpy as np
 
 from protos import errors
 from protos import scores as domain
-from protos.codec.common import FIELDS, FIELDS_BACK, parse, to_bits, to_bytes, to_floats, to_ids
+from protos.codec import wire
+from protos.codec.common import FIELDS, FIELDS_BACK, parse, to_bytes, to_ids
 from protos.teacher.v1 import teacher_pb2 as pb
 
 CHUNK_BYTES = 1280 * 1024
@@ -146,61 +147,75 @@ def encode_scores(index: int, scores: domain.Scores, chunk_bytes: int = CHUNK_BY
         )
 
 
+_NAMES = {field.number: field.name for field in pb.ScoreResponse.DESCRIPTOR.fields}
+_WIDTHS = {
+    "token_logprobs": "",
+    "top_token_ids": "top_k",
+    "top_logprobs": "top_k",
+    "candidate_logprobs": "candidates",
+    "log_normalizer": "temperatures",
+    "tail_logprob": "temperatures",
+}
+"""The field of a response that says how wide an array's rows are."""
+
+
 class ScoreResponseReader:
-    """Collects the streamed rows of a call of `sequences` sequences; `add` returns a finished sequence.
+    """Collects the streamed rows of a call of `sequences` sequences; `add_bytes` returns a finished sequence.
 
     Raises TeacherFailed for rows that are missing, doubled or of a wrong size: the stream is then broken.
     """
 
     def __init__(self, sequences: int) -> None:
-        self._parts: list[list[domain.Scores]] = [[] for _ in range(sequences)]
+        self._arrays: list[dict[str, np.ndarray]] = [{} for _ in range(sequences)]
         self._rows = [0] * sequences
         self.missing = sequences
 
-    def add(self, message: pb.ScoreResponse) -> tuple[int, domain.Scores] | None:
-        """Takes a message; returns (index, scores) when it completes its sequence."""
-        index, rows = message.index, message.rows
-        if index >= len(self._parts) or message.first_row != self._rows[index]:
-            raise errors.TeacherFailed(f"the stream is broken: row {message.first_row} of sequence {index} out of turn")
-        shapes = {
-            "token_logprobs": (rows,),
-            "top_token_ids": (rows, message.top_k),
-            "top_logprobs": (rows, message.top_k),
-            "candidate_logprobs": (rows, message.candidates),
-            "log_normalizer": (rows, message.temperatures),
-            "tail_logprob": (rows, message.temperatures),
-        }
-        arrays: dict[str, np.ndarray] = {}
-        for name, shape in shapes.items():
-            data = getattr(message, name)
-            if not data:
+    def add_bytes(self, data: bytes) -> tuple[int, domain.Scores] | None:
+        """Takes a serialised message; returns (index, scores) when it completes its sequence."""
+        try:
+            numbers, parts = wire.fields(data, _NAMES)
+        except ValueError as error:
+            raise errors.TeacherFailed(f"the stream is broken: {error}") from error
+        index, rows, first, total = (numbers.get(name, 0) for name in ("index", "rows", "first_row", "total_rows"))
+        if index >= len(self._arrays) or first != self._rows[index] or first + rows > total:
+            raise errors.TeacherFailed(f"the stream is broken: row {first} of sequence {index} out of turn")
+        views: dict[str, np.ndarray] = {}
+        for name, width in _WIDTHS.items():
+            part = parts.get(name)
+            if part is None or not len(part):
                 continue
-            if len(data) != 4 * int(np.prod(shape)):
-                raise errors.TeacherFailed(f"the stream is broken: {name} has {len(data)} bytes for {list(shape)}")
-            arrays[name] = (to_ids(data, name) if name == "top_token_ids" else to_floats(data)).reshape(shape)
-        if message.hidden_states:
-            arrays["hidden_states"] = _hidden(message)
-        self._parts[index].append(domain.Scores(**arrays))
+            shape = (rows, numbers.get(width, 0)) if width else (rows,)
+            if len(part) != 4 * int(np.prod(shape)):
+                raise errors.TeacherFailed(f"the stream is broken: {name} has {len(part)} bytes for {list(shape)}")
+            views[name] = np.frombuffer(part, dtype="<i4" if name == "top_token_ids" else "<f4").reshape(shape)
+        if len(parts.get("hidden_states", b"")):
+            views["hidden_states"] = _hidden(parts["hidden_states"], rows, numbers.get("hidden_size", 0))
+        self._copy(index, first, total, views)
         self._rows[index] += rows
-        if self._rows[index] < message.total_rows:
+        if self._rows[index] < total:
             return None
         self.missing -= 1
-        parts, self._parts[index] = self._parts[index], []
-        return index, domain.Scores.join(parts)
+        arrays, self._arrays[index] = self._arrays[index], {}
+        return index, domain.Scores(**arrays)
 
-    def add_bytes(self, data: bytes) -> tuple[int, domain.Scores] | None:
-        """Takes a message from its serialised form."""
-        message = pb.ScoreResponse()
-        parse(message, data)
-        return self.add(message)
+    def _copy(self, index: int, first: int, total: int, views: dict[str, np.ndarray]) -> None:
+        """Copies rows to where they belong, once: the message's bytes are not aligned."""
+        arrays = self._arrays[index]
+        if first == 0:
+            for name, view in views.items():
+                arrays[name] = np.empty((total, *view.shape[1:]), view.dtype.newbyteorder("="))
+        if {name: view.shape[1:] for name, view in views.items()} != {n: a.shape[1:] for n, a in arrays.items()}:
+            raise errors.TeacherFailed(f"the stream is broken: the fields of sequence {index} change at row {first}")
+        for name, view in views.items():
+            arrays[name][first : first + len(view)] = view
 
 
-def _hidden(message: pb.ScoreResponse) -> domain.Bits:
+def _hidden(data: memoryview, rows: int, hidden_size: int) -> domain.Bits:
     """[R,H] of a message: 16-bit numbers stay bits, because only GetTeacher names their dtype."""
-    data, numbers = message.hidden_states, message.rows * message.hidden_size
+    numbers = rows * hidden_size
     if not numbers or len(data) not in (2 * numbers, 4 * numbers):
         raise errors.TeacherFailed(
-            f"the stream is broken: hidden_states has {len(data)} bytes for [{message.rows}, {message.hidden_size}]"
+            f"the stream is broken: hidden_states has {len(data)} bytes for [{rows}, {hidden_size}]"
         )
-    dtype = "bfloat16" if len(data) == 2 * numbers else "float32"
-    return to_bits(data, dtype).reshape(message.rows, message.hidden_size)
+    held = "<u2" if len(data) == 2 * numbers else "<f4"
+    return np.frombuffer(data, dtype=held).reshape(rows, hidden_size)

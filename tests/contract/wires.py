@@ -78,7 +78,7 @@ class GrpcWire:
         try:
             for message in self._stub.Score(codec.encode_score_request(request, chunk_bytes), **self._options):
                 self.messages += 1
-                done = reader.add(message)
+                done = reader.add_bytes(message.SerializeToString())
                 if done:
                     results[done[0]] = done[1]
         except grpc.RpcError as error:
@@ -281,7 +281,7 @@ WIRES: dict[str, Callable[..., Wire]] = {"grpc": GrpcWire, "http": HttpWire, "js
 def whole(parts: Iterator[Head]) -> Head:
     """The head of a stream of its parts."""
     reader = codec.HeadReader()
-    found = [reader.add(part) for part in parts]
+    found = [reader.add_bytes(part.SerializeToString()) for part in parts]
     reader.finish()
     biases = [part.bias for part in found if part.bias is not None]
     weight = np.concatenate([part.weight for part in found])

@@ -54,7 +54,7 @@ def test_scores_of_several_sequences_may_be_interleaved() -> None:
     first, second = (domain.Scores(token_logprobs=np.full(6, -i, np.float32)) for i in (1.0, 2.0))
     a, b = (list(codec.encode_scores(i, value, 8)) for i, value in enumerate((first, second)))
     reader = codec.ScoreResponseReader(2)
-    done = [reader.add(m) for pair in zip(b, a, strict=True) for m in pair]
+    done = [reader.add_bytes(m.SerializeToString()) for pair in zip(b, a, strict=True) for m in pair]
     assert [d[0] for d in done if d is not None] == [1, 0]
     assert reader.missing == 0
 
@@ -81,7 +81,7 @@ def test_hidden_states_of_width_4096_pass_the_default_limit() -> None:
     messages = list(codec.encode_scores(0, value))
     assert max(m.ByteSize() for m in messages) < LIMIT / 3
     reader = codec.ScoreResponseReader(1)
-    assert same([reader.add(m) for m in messages][-1], (0, value))
+    assert same([reader.add_bytes(m.SerializeToString()) for m in messages][-1], (0, value))
 
 
 def messages_of(rows: int = 6) -> list[pb.ScoreResponse]:
@@ -103,12 +103,12 @@ def test_a_broken_stream_of_scores_is_noticed(fault: str) -> None:
         messages[1].token_logprobs = b"1234"
     reader = codec.ScoreResponseReader(1)
     with pytest.raises(errors.TeacherFailed, match="the stream is broken"):
-        list(map(reader.add, messages))
+        [reader.add_bytes(message.SerializeToString()) for message in messages]
 
 
 def test_a_stream_that_ends_early_leaves_sequences_missing() -> None:
     reader = codec.ScoreResponseReader(1)
-    assert [reader.add(m) for m in messages_of()[:-1]] == [None, None]
+    assert [reader.add_bytes(m.SerializeToString()) for m in messages_of()[:-1]] == [None, None]
     assert reader.missing == 1
 
 
