@@ -135,15 +135,15 @@ def environment(**variables: str) -> dict[str, str]:
 
 @contextmanager
 def process(
-    tmp_path: Path, *arguments: str, **variables: str
+    tmp_path: Path, *arguments: str, seconds: float = WAIT_S, **variables: str
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A server process that is ready, and what its ready file says."""
+    """A server process that is ready within `seconds`, and what its ready file says."""
     ready = tmp_path / "ready.json"
     line = command("--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready), *arguments)
     with (tmp_path / "log").open("w+") as log:
         running = subprocess.Popen(line, env=environment(**variables), stderr=log, stdout=log, text=True, cwd=ROOT)
         try:
-            wait_for(lambda: ready.exists() or running.poll() is not None)
+            wait_for(lambda: ready.exists() or running.poll() is not None, seconds)
             assert ready.exists(), (tmp_path / "log").read_text()
             yield running, json.loads(ready.read_text())
         finally:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from protos.errors import Unavailable
-from protos.scores import ScoreRequest, ScoreSpec, Sequence
+from protos.scores import GenerateRequest, Prompt, Sampling, ScoreRequest, ScoreSpec, Sequence
 from student_trainer.teacher_client import connect
 from tests.contract.wires import GrpcWire
 from tests.servers import ROOT, command, environment, process, wait_for
@@ -24,7 +24,7 @@ from tests.teacher_server.backends.vllm.conftest import BATCH_TOKENS, ENGINE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
 START_S = 300.0
-"""An engine's start takes a minute on two cores."""
+"""An engine's start takes a minute on two idle cores."""
 
 
 def arguments(folder: Path) -> list[str]:
@@ -68,43 +68,45 @@ def test_a_killed_engine_fails_its_calls_comes_back_and_leaves_nothing(
 ) -> None:
     ids = np.random.default_rng(1).integers(0, 200, 300, dtype=np.int32)
     request = ScoreRequest((Sequence(ids),), ScoreSpec(8))
+    long = GenerateRequest((Prompt(token_ids=(1, 2)),), Sampling(500, ignore_eos=True), stream=True)
     seen: set[int] = set()
-    with process(tmp_path, *arguments(folder("qwen3"))) as (server, addresses):
+    with process(tmp_path, *arguments(folder("qwen3")), seconds=START_S) as (server, addresses):
         http = addresses["http"]
 
-        def in_flight() -> int:
-            metrics = httpx.get(f"{http}/metrics").text.splitlines()
-            (line,) = [line for line in metrics if line.startswith("teacher_queue_sequences ")]
-            return int(float(line.split()[1]))
+        def metric(name: str) -> float:
+            (line,) = [line for line in httpx.get(f"{http}/metrics").text.splitlines() if line.startswith(f"{name} ")]
+            return float(line.split()[1])
 
         with (
             closing(GrpcWire(addresses["grpc"], http, timeout=None)) as wire,
             connect(http, patience_s=START_S) as trainer,
-            ThreadPoolExecutor(2) as pool,
+            ThreadPoolExecutor(3) as pool,
         ):
-            (before,) = wire.score(request)
-            for name in ("EngineCore", "Worker"):
+            info, (before,) = wire.teacher(), wire.score(request)
+            for restarts, name in enumerate(("EngineCore", "Worker")):
                 engine = below(server.pid)
                 seen |= set(engine)
                 (victim,) = [pid for pid, line in engine.items() if name in line]
                 os.kill(victim, signal.SIGSTOP)  # so that it is in the middle of the calls when it dies
-                call = pool.submit(wire.score, request)
+                calls = pool.submit(wire.score, request), pool.submit(wire.generate, long)
                 patient = pool.submit(trainer.score, [Sequence(ids[:100])], ScoreSpec(8))
-                wait_for(lambda: in_flight() == 2)
+                wait_for(lambda: metric("teacher_queue_sequences") == 3)
                 os.kill(victim, signal.SIGKILL)
-                error = call.exception(30)
-                assert isinstance(error, Unavailable), error
-                assert error.retry_after_s
+                for error in [call.exception(30) for call in calls]:
+                    assert isinstance(error, Unavailable), error
+                    assert error.retry_after_s
                 assert httpx.get(f"{http}/ready").status_code == 503
                 with pytest.raises(Unavailable, match="died and is started again"):
                     wire.teacher()
                 wait_for(lambda: httpx.get(f"{http}/ready").status_code == 200, START_S)
+                assert metric("teacher_engine_restarts_total") == restarts + 1
+                assert wire.teacher() == info
                 (after,) = wire.score(request)
                 np.testing.assert_array_equal(after.token_logprobs, before.token_logprobs)
                 np.testing.assert_array_equal(after.top_logprobs, before.top_logprobs)
                 (alone,) = patient.result(START_S)
                 np.testing.assert_allclose(alone.token_logprobs, before.token_logprobs[:99], atol=1e-5)
-                assert not still_running(set(engine) & seen - set(below(server.pid)))
+                assert not still_running(set(engine) - set(below(server.pid)))
         seen |= set(below(server.pid))
         server.terminate()
         assert server.wait(60) == 0
