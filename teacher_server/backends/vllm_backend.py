@@ -17,7 +17,7 @@ import numpy as np
 
 from protos.errors import TeacherFailed, Unavailable, Unsupported
 from protos.head import Head, held_as, itemsize
-from protos.scores import Field, Floats, Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
+from protos.scores import Field, Floats, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import model_files, vllm_check, vllm_options
 from teacher_server.backends.base import Piece, Room, limits
 from teacher_server.backends.options import BackendOptions
@@ -87,47 +87,65 @@ class VllmBackend:
         text = await asyncio.to_thread(self._make_text, folder)
         longest = _longest(self._options, config)
         args = vllm_options.engine_args(self._options, folder, longest)
-        parts = asyncio.create_task(asyncio.to_thread(_fingerprint, folder, args, text, self._version))
-        engine = await asyncio.to_thread(Engine.start, args)
+        hashing = asyncio.create_task(asyncio.to_thread(_fingerprint, folder, args, text, self._version))
+        engine = None
         try:
-            resolved = engine.config.model_config
-            dtype = str(resolved.dtype).split(".")[-1]
-            vocab_size = min(text.vocab_size, int(resolved.get_vocab_size()))
+            engine = await asyncio.to_thread(Engine.start, args)
+            vocab_size = min(text.vocab_size, int(engine.config.model_config.get_vocab_size()))
             found = await self._prepare(engine, vocab_size)
-            reader = await vllm_check.choose(engine, found, vocab_size, dtype, self._options.max_temperatures)
-            extended = isinstance(reader, vllm_check.Extended)
-            base = limits(self._options, vocab_size, longest)
-            self._info = TeacherInfo(
-                name=self._options.served_name,
-                fingerprint=model_files.digest([*(await parts), dtype, "extended" if extended else "public"]),
-                tokenizer_hash=text.tokenizer_hash,
-                template_hash=text.template_hash,
-                vocab_size=vocab_size,
-                normalized_size=vocab_size if found.get("masks") else int(resolved.get_vocab_size()),
-                eos_token_ids=text.eos_token_ids,
-                limits=base,
-                modes=text.modes,
-                fields=reader.fields,
-                can_generate=True,
-                engine=f"vllm {self._version}",
-                dtype=dtype,
-                quantization=str(resolved.quantization or "none"),
-                hidden_size=int(found["hidden_size"]) if Field.HIDDEN_STATES in reader.fields else 0,
-                hidden_dtype=str(found["hidden_dtype"]) if Field.HIDDEN_STATES in reader.fields else "",
+            temperatures = self._options.max_temperatures
+            reader = await vllm_check.choose(engine, found, vocab_size, engine.dtype, temperatures)
+            self._info = self._describe(
+                engine, reader, found, text, limits(self._options, vocab_size, longest), await hashing
             )
         except BaseException:
-            parts.cancel()
-            await engine.close()
+            hashing.cancel()
+            if engine is not None:
+                await engine.close()
             raise
         tags = ThinkTags.of(text.think_ids, text.encode(CLOSING_TEXT))
         self._text, self._tags, self._engine, self._reader = text, tags, engine, reader
         _LOG.info("vLLM %s: %s", self._version, found)
 
+    def _describe(
+        self,
+        engine: Engine,
+        reader: vllm_check.Reader,
+        found: dict[str, Any],
+        text: HuggingFaceText,
+        limits: Limits,
+        hashes: list[str],
+    ) -> TeacherInfo:
+        model, vocab_size = (
+            engine.config.model_config,
+            min(text.vocab_size, int(engine.config.model_config.get_vocab_size())),
+        )
+        way = type(reader).__name__
+        states = Field.HIDDEN_STATES in reader.fields
+        return TeacherInfo(
+            name=self._options.served_name,
+            fingerprint=model_files.digest([*hashes, engine.dtype, way]),
+            tokenizer_hash=text.tokenizer_hash,
+            template_hash=text.template_hash,
+            vocab_size=vocab_size,
+            normalized_size=vocab_size if found.get("masks") else int(model.get_vocab_size()),
+            eos_token_ids=text.eos_token_ids,
+            limits=limits,
+            modes=text.modes,
+            fields=reader.fields,
+            can_generate=True,
+            engine=f"vllm {self._version}",
+            dtype=engine.dtype,
+            quantization=str(model.quantization or "none"),
+            hidden_size=int(found["hidden_size"]) if states else 0,
+            hidden_dtype=str(found["hidden_dtype"]) if states else "",
+        )
+
     async def _prepare(self, engine: Engine, vocab_size: int) -> dict[str, Any]:
         """What the workers' last stage found of itself; empty where the extension does not fit this vLLM."""
         try:
             answers = await engine.call("teacher_prepare", vocab_size)
-        except (TeacherFailed, Unavailable) as error:
+        except TeacherFailed as error:
             _LOG.warning("the extension does not fit vLLM %s: %s", self._version, error.__cause__ or error)
             return {}
         found: dict[str, Any] = next((a for a in answers if a["runner"] != "none"), answers[0])

@@ -67,6 +67,11 @@ class Engine:
         return self._running().vllm_config
 
     @property
+    def dtype(self) -> str:
+        """Name of the dtype in which it computes."""
+        return str(self.config.model_config.dtype).split(".")[-1]
+
+    @property
     def alive(self) -> bool:
         """Whether its processes run."""
         return self._llm is not None and not self._llm.errored

@@ -71,6 +71,11 @@ def engine_args(options: BackendOptions, folder: Path, longest: int) -> Any:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"vllm.engine_args.{name} is no argument of this vLLM's engine{hint}")
+    from vllm.platforms import current_platform
+
+    where = current_platform.device_type
+    if options.device not in ("auto", where):
+        raise ValueError(f"--device {options.device} was asked for, but this vLLM is built for {where}")
     if options.attn_implementation != "auto":
         raise ValueError(
             f"attn_implementation {options.attn_implementation} is for the transformers backend; "
@@ -80,7 +85,7 @@ def engine_args(options: BackendOptions, folder: Path, longest: int) -> Any:
         "model": str(folder),
         "tokenizer": str(folder),
         "served_model_name": options.served_name,
-        "dtype": options.dtype,
+        "dtype": "float32" if options.dtype == "auto" and where == "cpu" else options.dtype,
         "trust_remote_code": options.trust_remote_code,
         "max_model_len": longest + 1,
         "skip_tokenizer_init": True,

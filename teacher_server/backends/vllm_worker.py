@@ -28,7 +28,6 @@ class TeacherWorker:
         """Puts the scorer in place; what it found of this worker: runner, head, hidden width and dtype, shard."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model: nn.Module = runner.get_model()
-        _mask_padding(model, vocab_size)
         found: dict[str, Any] = {"runner": "none", "head": "none", "masks": True}
         self.teacher_lm_head: LmHead | None = None
         if not _last_stage():
@@ -41,10 +40,12 @@ class TeacherWorker:
         found |= {"hidden_size": int(config.get_hidden_size()), "hidden_dtype": str(config.dtype).split(".")[-1]}
         if hasattr(runner, "prompt_logprobs_worker"):
             runner.prompt_logprobs_worker = _RunnerV2(runner.prompt_logprobs_worker, scorer)
+            _mask_padding(model, vocab_size)
             return found | {"runner": "v2"}
         runner._get_prompt_logprobs_dict = _RunnerV1(runner, scorer)
         if device.type == "cpu":
             runner.input_batch.generators = _Generators()
+        _mask_padding(model, vocab_size)
         return found | {"runner": "v1"}
 
     def teacher_head_rows(self, first: int, last: int) -> tuple[int, bytes, bytes] | None:

@@ -281,7 +281,7 @@ WIRES: dict[str, Callable[..., Wire]] = {"grpc": GrpcWire, "http": HttpWire, "js
 def whole(parts: Iterator[Head]) -> Head:
     """The head of a stream of its parts."""
     reader = codec.HeadReader()
-    found = [reader.add_bytes(part.SerializeToString()) for part in parts]
+    found = [reader.add(part) for part in parts]
     reader.finish()
     biases = [part.bias for part in found if part.bias is not None]
     weight = np.concatenate([part.weight for part in found])

@@ -28,6 +28,7 @@ def made(engine_args: dict[str, Any] | None = None, **chosen: Any) -> Any:
         ({"model": "x"}, {}, "model cannot be chosen there: use --model"),
         ({"max_model_len": 5}, {}, "max_model_len cannot be chosen there: use --max-sequence-tokens"),
         ({"worker_extension_cls": "x"}, {}, "worker_extension_cls cannot be chosen there: this server sets it"),
+        ({}, {"device": "cuda"}, "--device cuda was asked for, but this vLLM is built for cpu"),
         ({}, {"attn_implementation": "eager"}, "attn_implementation eager is for the transformers backend"),
         ({}, {"quantization": "8bit"}, "vLLM quantises to 8 bits by FP8"),
         ({}, {"quantization": "4bit"}, "pip install vllm-bnb-plugin"),
