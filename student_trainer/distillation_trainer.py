@@ -27,12 +27,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from . import distributed
 from .batches import GroupedSampler, Row, completion_tokens, pad
-from .checkpoints import Layout, rotate, write_about
+from .checkpoints import Layout, put, rotate, write_about
 from .errors import UserError
 from .evaluation import Measurement
 from .losses import Targets
 from .stage_loss import METRICS, StageLoss
-from .storage import replace_folder
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +263,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             self.save_model(str(staging), _internal_call=True)
             if self.args.should_save:
                 write_about(staging, self._about(self.state.global_step, measured))
-                replace_folder(staging, folder)
+                put(staging, folder)
         finally:
             self._clear_staging()
 
@@ -277,8 +276,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if self.args.should_save:
                 written = self.layout.staging / f"checkpoint-{step}"
                 write_about(written, self._about(step, self.last_measurement.values if self.last_measurement else {}))
-                replace_folder(written, self.layout.checkpoint_folder(step))
-                rotate(self.layout, self._keep)
+                put(written, self.layout.checkpoint_folder(step))
+                rotate(self.layout, self._keep, self.layout.checkpoint_folder(step))
         finally:
             self.args.output_dir = output_dir
             self._clear_staging()

@@ -1,6 +1,7 @@
 """Writing files and folders so that a reader, or a run that goes on after a crash, never meets half of one.
 
-Knows no format. A full disk raises what the system raises; `errors.explain` turns that into one line.
+Names change only after the contents are on the disk. Knows no format. A full disk raises what the system raises;
+`errors.explain` turns that into one line.
 """
 
 from __future__ import annotations
@@ -12,10 +13,20 @@ from pathlib import Path
 from typing import Any
 
 
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, value: Any) -> None:
     """`value` as indented JSON, in place of what stood there, in one step."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    flush(temporary)
     os.replace(temporary, path)
 
 
@@ -28,7 +39,17 @@ def replace_folder(source: Path, target: Path) -> None:
     if target.exists():
         os.replace(target, old)
     os.replace(source, target)
+    flush(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path, staging: Path) -> None:
+    """Removes a folder; a crash in between leaves the rest of it in `staging`, under a name that nobody reads."""
+    staging.mkdir(parents=True, exist_ok=True)
+    doomed = staging / f"removed-{folder.name}"
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def recover_folder(target: Path) -> None:

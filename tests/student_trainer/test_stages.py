@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from student_trainer import score_store
 from student_trainer.config import Config
 from student_trainer.errors import UserError, explain
+from student_trainer.manifest import seal
 from student_trainer.run import run
 from tests.servers import ROOT
 from tests.student_trainer.conftest import STUDENT
@@ -317,6 +318,7 @@ def test_a_checkpoint_of_another_teacher_is_not_continued(go: Run, tmp_path: Pat
     value = json.loads(about.read_text())
     value["teacher"]["fingerprint"] = "other"
     about.write_text(json.dumps(value))
+    seal(about.parent)
     shutil.rmtree(about.parent.parent / "final_policy_model")
     with pytest.raises(UserError, match="trained with teacher other"):
         go("policy", policy_distillation={"max_steps": 2}, training={"resume": True})
