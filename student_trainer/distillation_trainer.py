@@ -120,7 +120,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self._names: list[str] = []
         self._sums: torch.Tensor | None = None
         self._tokens, self._steps = 0.0, 0
-        self._seconds = {"sampling": 0.0, "teacher": 0.0}
+        self._seconds = {"sampling": 0.0, "teacher": 0.0, "saving": 0.0}
         self._since = time.monotonic()
         self.last_measurement: Measurement | None = None
         self._measured_step = -1
@@ -220,7 +220,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             steps, elapsed = max(self._steps, 1), time.monotonic() - self._since
             spent = {f"seconds_{k}": v / steps for k, v in self._seconds.items()}
             logs |= named | spent | {"seconds_training": elapsed / steps - sum(spent.values())}
-            logs |= {"completion_tokens": self._tokens / steps, "tokens_per_second": self._tokens / elapsed}
+            busy = elapsed - self._seconds["saving"]
+            logs |= {"completion_tokens": self._tokens / steps, "tokens_per_second": self._tokens / busy}
             self._reset_clock()
         super().log(logs, start_time)
 
@@ -235,6 +236,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Measures the model; one with a smaller validation loss than all before becomes the best model."""
         started = time.monotonic()
         measurement = self._evaluator(self.model)
+        self._since += time.monotonic() - started
         self.last_measurement, self._measured_step = measurement, self.state.global_step
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in measurement.values.items()} if measurement else {}
         if measurement and metrics:
@@ -248,7 +250,6 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 self.save_to(self.layout.best_model, measurement.values)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
-        self._since += time.monotonic() - started
         return metrics
 
     @property
@@ -256,8 +257,14 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Whether the weights are those that were measured last."""
         return bool(self._measured_step == self.state.global_step)
 
+    @property
+    def unlogged_saving(self) -> float:
+        """Seconds spent on saving since the last line of metrics."""
+        return self._seconds["saving"]
+
     def save_to(self, folder: Path, measured: dict[str, float]) -> None:
         """Writes the model folder `folder`, in place of an older one, in one step."""
+        started = time.monotonic()
         staging = self.layout.staging / folder.name
         try:
             self.save_model(str(staging), _internal_call=True)
@@ -266,6 +273,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
                 put(staging, folder)
         finally:
             self._clear_staging()
+            self._seconds["saving"] += time.monotonic() - started
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         started, step = time.monotonic(), self.state.global_step
@@ -281,7 +289,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         finally:
             self.args.output_dir = output_dir
             self._clear_staging()
-        self._since += time.monotonic() - started
+            self._seconds["saving"] += time.monotonic() - started
 
     def _clear_staging(self) -> None:
         if self.args.should_save:

@@ -140,7 +140,9 @@ class Evaluator:
         self.store = open_store(client, info.fingerprint, spec, folder / "scores", distributed.rank())
         fitted, _ = fitting(self.answers, self.max_length)
         few = [r for mode in Mode for r in [a for a in fitted if a.mode is mode][:DIVERGENCE_ROWS]]
-        self.rows = sorted((Row(r.ids, len(r.prompt_ids), r.example_id) for r in few), key=lambda r: len(r.ids))
+        by_length = sorted(few, key=lambda r: len(r.ids))
+        self.rows_of = {mode: [_row(r) for r in by_length if r.mode is mode] for mode in Mode}
+        self.rows = [row for rows in self.rows_of.values() for row in rows]
 
     def _ask(self, sampling: Sampling, folder: Path) -> list[Response]:
         with self.reporter.progress("teacher answers held-out problems", len(self.requests)) as update:
@@ -174,7 +176,8 @@ class Evaluator:
 
         `forward_kl`, `reverse_kl`, `tail_share` and `cross_entropy` are on the teacher's answers at temperature 1.
         `loss` is the stage's: on the teacher's answers off-policy, on rollouts of the student on-policy, where
-        own_forward_kl and own_reverse_kl are the divergences on these at the stage's temperature.
+        own_forward_kl and own_reverse_kl are the divergences on these at the stage's temperature. Names that end in a
+        mode are on its answers alone.
         """
         if not self.requests:
             return None
@@ -221,9 +224,15 @@ class Evaluator:
         )
 
     def _on_teacher_answers(self, student: Student, loss: StageLoss) -> dict[str, float]:
-        batches = self._scored(self.store, self._mine(self.rows, student))
-        plain, own = self._means(student, (self.plain, loss), batches)
-        return {**plain, **{k: v for k, v in own.items() if k in ("loss", "soft_loss")}}
+        losses, values = (self.plain, loss), dict[str, float]()
+        sums, tokens = torch.zeros((len(losses), len(METRICS)), dtype=torch.float64), 0
+        for mode, rows in self.rows_of.items():
+            part, count = self._sums(student, losses, self._scored(self.store, self._mine(rows, student)))
+            sums, tokens = sums + part, tokens + count
+            divergences = _means(part, count)[0].items()
+            values |= {f"{k}_{mode.value}": v for k, v in divergences if k in ("forward_kl", "reverse_kl")}
+        plain, own = _means(sums, tokens)
+        return {**values, **plain, **{k: v for k, v in own.items() if k in ("loss", "soft_loss")}}
 
     def _on_rollouts(self, student: Student, loss: StageLoss) -> dict[str, float]:
         requests = [r for mode in Mode for r in [q for q in self.requests if q.mode is mode][:SAMPLED_ROWS]]
@@ -231,7 +240,8 @@ class Evaluator:
         temperature = options.sampling_temperature or options.temperature
         rollouts = self._sample(student, self._mine(requests, student), options.max_new_tokens, temperature)
         rows = sorted((rollout_row(r) for r in rollouts), key=lambda r: len(r.ids))
-        (values,) = self._means(student, (loss,), self._scored(AskedScores(self.client, self.store.spec), rows))
+        store = AskedScores(self.client, self.store.spec)
+        (values,) = _means(*self._sums(student, (loss,), self._scored(store, rows)))
         return {
             k if k == "loss" else f"own_{k}": v for k, v in values.items() if k in ("loss", "forward_kl", "reverse_kl")
         }
@@ -246,10 +256,12 @@ class Evaluator:
             waits += [store.request([r.tokens() for r in p]) for p in parts[place + len(waits) : place + 1 + ahead]]
             yield part, waits.popleft()()
 
-    def _means(
+    def _sums(
         self, student: Student, losses: Sequence[StageLoss], batches: Iterable[Scored]
-    ) -> list[dict[str, float]]:
-        """METRICS of each loss as means over the completion tokens of `batches`, over all processes."""
+    ) -> tuple[torch.Tensor, int]:
+        """float64[losses, METRICS] sums over the completion tokens of `batches`, and their number, over all
+        processes.
+        """
         sums, tokens = torch.zeros((len(losses), len(METRICS)), dtype=torch.float64), 0
         device = next(student.model.parameters()).device
         for rows, scores in batches:
@@ -262,13 +274,20 @@ class Evaluator:
                 sums[i] += found.double().cpu()
             tokens += completion_tokens(rows)
         parts = [(sums, tokens)] if student.sharded else distributed.gather((sums, tokens))
-        tokens = sum(count for _, count in parts)
-        means = torch.stack([part for part, _ in parts]).sum(0) / max(tokens, 1)
-        return [dict(zip(METRICS, row, strict=True)) if tokens else {} for row in means.tolist()]
+        return torch.stack([part for part, _ in parts]).sum(0), sum(count for _, count in parts)
 
     def close(self) -> None:
         """Keeps the scores that have arrived."""
         self.store.close()
+
+
+def _means(sums: torch.Tensor, tokens: int) -> list[dict[str, float]]:
+    """METRICS of each loss as means; empty where there are no tokens."""
+    return [dict(zip(METRICS, row, strict=True)) if tokens else {} for row in (sums / max(tokens, 1)).tolist()]
+
+
+def _row(response: Response) -> Row:
+    return Row(response.ids, len(response.prompt_ids), response.example_id)
 
 
 def answer_text(tokenizer: Any, rollout: Rollout) -> str:

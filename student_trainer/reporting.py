@@ -167,8 +167,8 @@ def step_line(logs: Mapping[str, Any]) -> str:
         ("tokens_per_second", "{:.0f} tokens/s"),
     ]
     text = ", ".join(form.format(logs[key]) for key, form in words if key in logs)
-    times = [("sampling", "seconds_sampling"), ("teacher", "seconds_teacher"), ("training", "seconds_training")]
-    spent = ", ".join(f"{name} {logs[key]:.2f} s" for name, key in times if key in logs)
+    times = ("sampling", "teacher", "training", "saving")
+    spent = ", ".join(f"{name} {logs[f'seconds_{name}']:.2f} s" for name in times if f"seconds_{name}" in logs)
     return f"{text} ({spent})" if spent else text
 
 
@@ -210,14 +210,15 @@ COLUMNS: Sequence[tuple[str, str, str]] = (
 """Key, heading and format of the columns of the final table."""
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row of the final table as text."""
     return [str(row["model"]), *("–" if row.get(k) is None else form.format(row[k]) for k, _, form in COLUMNS)]
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The final table in Markdown."""
     heads = ["model", *(title for _, title, _ in COLUMNS)]
-    lines = [heads, ["---", *("--:" for _ in COLUMNS)], *(_cells(row) for row in rows)]
+    lines = [heads, ["---", *("--:" for _ in COLUMNS)], *(cells(row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -227,7 +228,7 @@ def final_table(console: Console, rows: Sequence[Mapping[str, Any]], output_dir:
     for _, title, _ in COLUMNS:
         table.add_column(title, justify="right")
     for row in rows:
-        table.add_row(*_cells(row))
+        table.add_row(*cells(row))
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ It decides what happens in which order and leaves every step to its module.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,7 @@ from .data import load_examples
 from .evaluation import Evaluator, Student, answer_text
 from .models import describe
 from .modes import render
+from .report import RunReport
 from .reporting import Reporter, final_table, logging_to
 from .rollouts import sample
 from .settings import to_yaml
@@ -32,6 +34,9 @@ from .teacher_client import TeacherClient, connect
 from .verifiers import load_verifier
 
 log = logging.getLogger(__name__)
+
+STAGES = {"non_policy": "stage 1, off-policy", "policy": "stage 2, on-policy"}
+"""What people read for a layout's stage."""
 
 
 def run(config: Config, stage: str, pretrained_student: str | Path | None, console: Console) -> None:
@@ -63,16 +68,20 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         head = full_distribution.fetch(config, client, training_device()) if config.wants_full(stage) else None
         evaluator = Evaluator(config, client, info, description.tokenizer, validation, verifier, reporter, head)
         stack.callback(evaluator.close)
-        session = Session(config, client, info, train, evaluator, reporter, config.training.resume, head)
-        rows = run_stages(session, stage, source)
-        if main:
-            final_table(console, rows, Path(config.training.output_dir), notes(session))
+        record = RunReport(config, stage, info, sys.orig_argv, main)
+        session = Session(config, client, info, train, evaluator, reporter, config.training.resume, record, head)
+        with record.kept():
+            rows = run_stages(session, stage, source)
+            if main:
+                final_table(console, rows, Path(config.training.output_dir), record.notes)
 
 
 def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[str, Any]]:
     """Measures teacher and student, trains, and gives the rows of the final table."""
-    config, evaluator = session.config, session.evaluator
-    rows = [{"model": "teacher", **evaluator.teacher().values}]
+    config, evaluator, record = session.config, session.evaluator, session.record
+    rows = record.rows
+    record.notes += notes(session)
+    rows.append({"model": "teacher", **evaluator.teacher().values})
     student = open_student(config, source, session.info.vocab_size)
     first = "policy" if stage == "policy" else "non_policy"
     size, head = session.info.normalized_size, session.teacher_head
@@ -84,7 +93,13 @@ def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[st
     label = "student before" if first == "non_policy" else f"student {source}"
     if before is not None:
         report(label, before)
+        record.before = before.samples
     rows.append({"model": label, **(before.values if before else {})})
+    record.write()
+    earlier = off_policy_layout(config.training.output_dir)
+    if first == "policy" and Path(source) == earlier.best_model:
+        temperature = config.non_policy_distillation.temperature
+        record.add_stage(f"{STAGES['non_policy']} (an earlier run)", earlier.root, temperature)
     if stage in ("all", "non_policy"):
         layout = off_policy_layout(config.training.output_dir)
         outcome = run_stage(session, layout, off_policy.distil, lambda: student)
@@ -106,6 +121,10 @@ def run_stage(
     session: Session, layout: Layout, distil: Callable[[Session, Student], Outcome], student: Callable[[], Student]
 ) -> Outcome:
     """Runs a stage, or takes its result where the run goes on and the stage had finished."""
+    options = (
+        session.config.non_policy_distillation if layout.stage == "non_policy" else session.config.policy_distillation
+    )
+    session.record.begin_stage(STAGES[layout.stage], layout.root, options.temperature)
     if distributed.on_main(lambda: is_finished(layout, session.resume)):
         log.info("%s is finished, going on after it", layout.root)
         return Outcome(layout.best_model, read_about(layout.best_model).get("measured", {}), None)

@@ -27,7 +27,9 @@ from .distillation_trainer import DistillationTrainer, Feed, MeasureEveryEpochs
 from .errors import UserError
 from .evaluation import Evaluator, Measurement, Student
 from .full_distribution import TeacherHead
+from .history import History
 from .models import accept_objective, eos_ids, load_student, load_tokenizer
+from .report import RunReport
 from .stage_loss import StageLoss
 from .teacher_client import TeacherClient
 
@@ -45,6 +47,7 @@ class Session:
     evaluator: Evaluator
     reporter: reporting.Reporter
     resume: bool | str
+    record: RunReport
     teacher_head: TeacherHead | None = None
     """Where a stage trains on the teacher's whole distribution."""
 
@@ -170,7 +173,12 @@ def train(
     args = arguments(session.config, options, layout)
     warn_of_rounding(student.model, options.learning_rate)
     progress = reporting.TrainingProgress(session.reporter, label)
-    callbacks: list[Any] = [progress, MeasureEveryEpochs(session.config.evaluation.every_epochs)]
+    history = History(layout.root)
+    callbacks: list[Any] = [
+        progress,
+        *([history] if distributed.is_main() else []),
+        MeasureEveryEpochs(session.config.evaluation.every_epochs),
+    ]
     if session.config.training.use_tensorboard and distributed.is_main():
         callbacks.append(reporting.tensorboard(layout.root / "runs"))
 
@@ -183,6 +191,8 @@ def train(
         found = session.evaluator.student(student, loss, on_policy=on_policy)
         if found is not None and session.reporter.main:
             report(label, found)
+            history.add(trainer.state.global_step, {"samples": found.samples})
+            session.record.write()
         return found
 
     trainer = DistillationTrainer(
@@ -209,6 +219,8 @@ def train(
     if distributed.on_main(lambda: not layout.best_model.is_dir()):
         trainer.save_to(layout.best_model, last)
     trainer.save_to(layout.final_model, last)
+    if distributed.is_main():
+        history.add(trainer.state.global_step, {"saving": trainer.unlogged_saving})
     reporting.finish_reports(session.config.training)
     distributed.barrier()
     return dict(read_about(layout.best_model).get("measured", {}))
