@@ -18,47 +18,29 @@ from protos.scores import Field, Ids, Mode, Sampling, Scores, ScoreSpec, Sequenc
 from teacher_server.backends import features as features_module
 from teacher_server.backends import model_files, readout_check, transformers_model
 from teacher_server.backends.base import Piece, Room, limits
+from teacher_server.backends.checkpoint_face import CheckpointFace, longest_sequence
 from teacher_server.backends.jobs import GenerateJob, ScoreJob
 from teacher_server.backends.lm_head import LmHead, offered
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.sampling_loop import SamplingLoop
 from teacher_server.backends.scorer import Scorer
 from teacher_server.backends.text import HuggingFaceText
-from teacher_server.backends.thinking import CLOSING_TEXT, ThinkTags
 from teacher_server.backends.transformers_model import LoadedModel
 from teacher_server.backends.worker import Engine, Worker
 
 _LOG = logging.getLogger(__name__)
-_DEFAULT_SEQUENCE_TOKENS = 32768
 _MOST_ROWS = 1024
 """Completions that grow at the same time."""
 
 
-class TransformersBackend:
+class TransformersBackend(CheckpointFace):
     """A `base.Backend`; see there for what each method promises."""
 
     def __init__(self, options: BackendOptions) -> None:
-        self._options = options
-        self._info: TeacherInfo | None = None
-        self._text: HuggingFaceText | None = None
-        self._tags: ThinkTags | None = None
+        super().__init__(options)
         self._worker: Worker | None = None
         self._head: LmHead | None = None
         self._room = Room(0, 0)
-
-    @property
-    def info(self) -> TeacherInfo:
-        """What GetTeacher answers; RuntimeError before `start`."""
-        if self._info is None:
-            raise RuntimeError("start() has not returned yet")
-        return self._info
-
-    @property
-    def text(self) -> HuggingFaceText:
-        """The tokenizer and template; RuntimeError before `start`."""
-        if self._text is None:
-            raise RuntimeError("start() has not returned yet")
-        return self._text
 
     @property
     def batch_tokens(self) -> int:
@@ -79,9 +61,7 @@ class TransformersBackend:
         options = self._options
         folder = model_files.resolve(options.model)
         model_files.weight_files(folder)
-        text = HuggingFaceText(
-            folder, trust_remote_code=options.trust_remote_code, eos=model_files.generation_eos(folder)
-        )
+        text = self.make_text(folder)
         loaded = transformers_model.load(folder, options)
         width = int(loaded.model.get_input_embeddings().weight.shape[0])
         vocab_size = min(text.vocab_size, width)
@@ -91,9 +71,8 @@ class TransformersBackend:
             features = features_module.choose(loaded, vocab_size)
         self._head = offered(loaded, features, vocab_size)
         kernels = readout_check.choose(loaded.device, vocab_size)
-        self._text, self._tags = text, ThinkTags.of(text.think_ids, text.encode(CLOSING_TEXT))
-        self._info = self._describe(text, loaded, vocab_size, self._fingerprint(text, loaded))
-        limits = self._info.limits
+        self.present(self._describe(text, loaded, vocab_size, self._fingerprint(text, loaded)), text)
+        limits = self.info.limits
         self._room = Room(_cache_tokens(loaded, options.batch_tokens), _MOST_ROWS)
         generation = SamplingLoop(
             features,
@@ -122,10 +101,6 @@ class TransformersBackend:
 
     def _describe(self, text: HuggingFaceText, loaded: LoadedModel, vocab_size: int, fingerprint: str) -> TeacherInfo:
         options = self._options
-        wanted = options.max_sequence_tokens or _DEFAULT_SEQUENCE_TOKENS
-        longest = min(wanted, loaded.max_tokens) if loaded.max_tokens else wanted
-        if options.max_sequence_tokens and longest < options.max_sequence_tokens:
-            _LOG.warning("max_sequence_tokens is %d, but the model's positions end at %d", wanted, longest)
         return TeacherInfo(
             name=options.served_name,
             fingerprint=fingerprint,
@@ -134,7 +109,7 @@ class TransformersBackend:
             vocab_size=vocab_size,
             normalized_size=vocab_size,
             eos_token_ids=text.eos_token_ids,
-            limits=limits(options, vocab_size, longest),
+            limits=limits(options, vocab_size, longest_sequence(options, loaded.max_tokens)),
             modes=text.modes,
             fields=frozenset(Field) - (set() if self._head else {Field.HIDDEN_STATES}),
             can_generate=True,
@@ -167,11 +142,8 @@ class TransformersBackend:
         self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
     ) -> AsyncIterator[list[Piece]]:
         """Pieces of the n completions of int32[P]; Unsupported for a think budget where tags are not single tokens."""
-        if sampling.max_thinking_tokens and self._tags is None:
-            raise Unsupported(
-                "max_thinking_tokens needs <think> and </think> as single tokens; this tokenizer has none"
-            )
-        job = GenerateJob(prompt_ids, sampling, n, logprobs, stream, asyncio.get_running_loop(), self._tags)
+        tags = self.tags_for(sampling)
+        job = GenerateJob(prompt_ids, sampling, n, logprobs, stream, asyncio.get_running_loop(), tags)
         self._running().submit(job)
         try:
             while (answer := await job.answers.get()) is not None:

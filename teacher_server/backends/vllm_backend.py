@@ -20,46 +20,28 @@ from protos.head import Head, held_as, itemsize
 from protos.scores import Field, Floats, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import model_files, vllm_check, vllm_options
 from teacher_server.backends.base import Piece, Room, limits
+from teacher_server.backends.checkpoint_face import CheckpointFace, longest_sequence
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.text import HuggingFaceText
-from teacher_server.backends.thinking import CLOSING_TEXT, ThinkTags
 from teacher_server.backends.vllm_engine import MAX_TEMPERATURE, MIN_TEMPERATURE, Engine, set_environment
 from teacher_server.backends.vllm_generation import Wish, completion
 
 _LOG = logging.getLogger(__name__)
-_DEFAULT_SEQUENCE_TOKENS = 32768
 _HEAD_BYTES = 1 << 26
 """Bytes of the head that the workers are asked for at a time."""
 
 
-class VllmBackend:
+class VllmBackend(CheckpointFace):
     """A `base.Backend`; see there for what each method promises."""
 
     def __init__(self, options: BackendOptions) -> None:
         set_environment()
         import vllm
 
-        self._options = options
+        super().__init__(options)
         self._version = str(vllm.__version__)
         self._engine: Engine | None = None
         self._reader: vllm_check.Reader | None = None
-        self._info: TeacherInfo | None = None
-        self._text: HuggingFaceText | None = None
-        self._tags: ThinkTags | None = None
-
-    @property
-    def info(self) -> TeacherInfo:
-        """What GetTeacher answers; RuntimeError before `start`."""
-        if self._info is None:
-            raise RuntimeError("start() has not returned yet")
-        return self._info
-
-    @property
-    def text(self) -> HuggingFaceText:
-        """The tokenizer and template; RuntimeError before `start`."""
-        if self._text is None:
-            raise RuntimeError("start() has not returned yet")
-        return self._text
 
     @property
     def batch_tokens(self) -> int:
@@ -84,8 +66,10 @@ class VllmBackend:
         vllm_options.check_version(self._version)
         folder = await asyncio.to_thread(model_files.resolve, self._options.model)
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        text = await asyncio.to_thread(self._make_text, folder)
-        longest = _longest(self._options, config)
+        text = await asyncio.to_thread(self.make_text, folder)
+        known = config.get("max_position_embeddings")
+        # The engine always samples a token, so it wants one position more.
+        longest = longest_sequence(self._options, int(known) - 1 if known else None)
         args = vllm_options.engine_args(self._options, folder, longest)
         hashing = asyncio.create_task(asyncio.to_thread(_fingerprint, folder, args, text, self._version))
         engine = None
@@ -95,16 +79,15 @@ class VllmBackend:
             found = await self._prepare(engine, vocab_size)
             temperatures = self._options.max_temperatures
             reader = await vllm_check.choose(engine, found, vocab_size, engine.dtype, temperatures)
-            self._info = self._describe(
-                engine, reader, found, text, limits(self._options, vocab_size, longest), await hashing
-            )
+            accepted = limits(self._options, vocab_size, longest)
+            info = self._describe(engine, reader, found, text, accepted, await hashing)
         except BaseException:
             hashing.cancel()
             if engine is not None:
                 await engine.close()
             raise
-        tags = ThinkTags.of(text.think_ids, text.encode(CLOSING_TEXT))
-        self._text, self._tags, self._engine, self._reader = text, tags, engine, reader
+        self.present(info, text)
+        self._engine, self._reader = engine, reader
         _LOG.info("vLLM %s: %s", self._version, found)
 
     def _describe(
@@ -151,10 +134,6 @@ class VllmBackend:
         found: dict[str, Any] = next((a for a in answers if a["runner"] != "none"), answers[0])
         return found
 
-    def _make_text(self, folder: Path) -> HuggingFaceText:
-        eos = model_files.generation_eos(folder)
-        return HuggingFaceText(folder, trust_remote_code=self._options.trust_remote_code, eos=eos)
-
     async def score(self, sequence: Sequence, spec: ScoreSpec) -> Scores:
         """The scores of one sequence; the engine batches what is submitted at the same time."""
         return await self._ready()[1].score(sequence, spec)
@@ -190,12 +169,9 @@ class VllmBackend:
                 f"vLLM samples at temperature 0 or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}, "
                 f"got {sampling.temperature:g}"
             )
-        if sampling.max_thinking_tokens and self._tags is None:
-            raise Unsupported(
-                "max_thinking_tokens needs <think> and </think> as single tokens; this tokenizer has none"
-            )
+        tags = self.tags_for(sampling)
         longest = self.info.limits.sequence_tokens
-        wish = Wish(prompt_ids, sampling, logprobs, stream, self.info.eos_token_ids, longest, self._tags)
+        wish = Wish(prompt_ids, sampling, logprobs, stream, self.info.eos_token_ids, longest, tags)
         queue: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
 
         async def run(sample_index: int) -> None:
@@ -244,16 +220,6 @@ class VllmBackend:
         if self._engine is None or self._reader is None:
             raise Unavailable("the teacher is not running; try again in a while", retry_after_s=5.0)
         return self._engine, self._reader
-
-
-def _longest(options: BackendOptions, config: dict[str, Any]) -> int:
-    """Tokens of the longest sequence: the engine wants one position more, since it always samples a token."""
-    known = config.get("max_position_embeddings")
-    wanted = options.max_sequence_tokens or _DEFAULT_SEQUENCE_TOKENS
-    longest = min(wanted, int(known) - 1) if known else wanted
-    if options.max_sequence_tokens and longest < wanted:
-        _LOG.warning("max_sequence_tokens is %d, but the model's positions end at %d", wanted, longest + 1)
-    return longest
 
 
 def _fingerprint(folder: Path, args: Any, text: HuggingFaceText, version: str) -> list[str]:
