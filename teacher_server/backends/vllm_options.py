@@ -17,6 +17,8 @@ _LOG = logging.getLogger(__name__)
 
 TESTED = ("0.32", "0.33")
 """Releases of vLLM that the tests and benchmarks ran with."""
+GPU_SHARE = 0.90
+"""Of a GPU's memory for weights, keys and values; a chunk's logits, 1.3 GiB, and what is read from them need the rest."""
 WORKER = "teacher_server.backends.vllm_worker.TeacherWorker"
 
 OURS = {
@@ -95,6 +97,8 @@ def engine_args(options: BackendOptions, folder: Path, longest: int) -> Any:
         "max_num_batched_tokens": options.batch_tokens,
         "max_logprobs": max(options.max_top_k, options.max_candidates),
     }
+    if where != "cpu":
+        chosen["gpu_memory_utilization"] = GPU_SHARE
     chosen |= _quantization(options, given)
     try:
         return AsyncEngineArgs(**(chosen | given))
