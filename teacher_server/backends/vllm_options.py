@@ -18,7 +18,7 @@ _LOG = logging.getLogger(__name__)
 TESTED = ("0.32", "0.33")
 """Releases of vLLM that the tests and benchmarks ran with."""
 GPU_SHARE = 0.90
-"""Of a GPU's memory for weights, keys and values; a chunk's logits, 1.3 GiB, and what is read from them need the rest."""
+"""Of a GPU's memory, for weights, keys and values; a chunk's logits and what is read from them need the rest."""
 WORKER = "teacher_server.backends.vllm_worker.TeacherWorker"
 
 OURS = {
