@@ -95,6 +95,9 @@ class Training(Section):
     """Project that the run is reported to."""
     use_tensorboard: bool = True
     """Write TensorBoard files below output_dir."""
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub (owner/name) that gets the last stage's final model, after `hf auth login`; it
+    is made, private, where it is not there yet. null pushes nothing."""
     logging_steps: PositiveInt = 10
     """Optimiser steps between two lines of metrics."""
     save_steps: PositiveInt = 500

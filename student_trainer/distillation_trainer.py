@@ -31,6 +31,7 @@ from .checkpoints import Layout, put, rotate, write_about
 from .errors import UserError
 from .evaluation import Measurement
 from .losses import Targets
+from .model_card import model_card
 from .stage_loss import METRICS, StageLoss
 
 
@@ -269,7 +270,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         try:
             self.save_model(str(staging), _internal_call=True)
             if self.args.should_save:
-                write_about(staging, self._about(self.state.global_step, measured))
+                about = self._about(self.state.global_step, measured)
+                write_about(staging, about)
+                (staging / "README.md").write_text(model_card(about), encoding="utf-8")
                 put(staging, folder)
         finally:
             self._clear_staging()

@@ -22,6 +22,7 @@ from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layou
 from .config import Config
 from .data import load_examples
 from .evaluation import Evaluator, Student, answer_text
+from .model_card import check_push, push
 from .models import describe
 from .modes import render
 from .report import RunReport
@@ -51,6 +52,9 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         reporter = Reporter(console, main=main)
         log.debug("stage %s with\n%s", stage, to_yaml(config))
         set_seed(config.training.seed)
+        repository = config.training.push_to_hub if stage != "test" else None
+        if repository is not None:
+            distributed.on_main(lambda: check_push(repository))
         source = first_student(config, stage, pretrained_student)
         description = describe(config, source)
         verifier = load_verifier(config.evaluation.verifier)
@@ -74,6 +78,9 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
             rows = run_stages(session, stage, source)
             if main:
                 final_table(console, rows, Path(config.training.output_dir), record.notes)
+        if repository is not None and main:
+            layout = off_policy_layout if stage == "non_policy" else on_policy_layout
+            push(layout(config.training.output_dir).final_model, repository)
 
 
 def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[str, Any]]:

@@ -194,7 +194,7 @@ def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
     folder = tmp_path / "outputs" / name
     shutil.copytree(folder, tmp_path / "whole")
     for path in folder.iterdir():
-        if path.name not in (f"{prefix}-3", "responses.parquet"):
+        if path.name not in (f"{prefix}-3", "responses.parquet", "metrics.jsonl"):
             shutil.rmtree(path)
     shown = go(stage, training=steps | {"resume": True}, policy_distillation={"num_epochs": 4})
     assert f"going on from {folder / f'{prefix}-3'}" in shown
