@@ -107,8 +107,8 @@ async def why_not_extended(engine: Engine, found: Mapping[str, Any], vocab_size:
     """Empty where the extension's answers are right, else what is wrong with them."""
     if not engine.keeps_tensors:
         return "this vLLM has no place to keep the tensors"
-    if found.get("runner") == "none":
-        return "no worker has an LM head"
+    if found.get("runner", "none") == "none":
+        return "no worker took the scorer in"
     k = min(TOP, vocab_size)
     tokens = ((np.arange(PROBE_TOKENS) * 7919 + 13) % vocab_size).astype(np.int32)
     candidates = np.stack([(tokens[3:] + i) % vocab_size for i in range(min(3, vocab_size))], axis=1)
@@ -129,6 +129,8 @@ async def why_not_extended(engine: Engine, found: Mapping[str, Any], vocab_size:
             theirs, ours = getattr(other, field), getattr(fast, field)
             if theirs is None or ours is None:
                 continue
+            if theirs.shape != ours.shape:
+                return f"{field} has the shape {ours.shape}, {name} have {theirs.shape}"
             apart = float(np.abs(theirs - ours).max())
             if not apart <= tolerance:
                 return f"{field} is {apart:.3g} nats away from {name}, {tolerance:g} are allowed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,11 +149,18 @@ class Skewed:
         return await self._engine.ask(token_ids[::-1].copy() if extra_args else token_ids, extra_args, **options)
 
 
-def test_the_self_check_notices_answers_that_are_wrong(engine: Callable[[str], Any], run: Run) -> None:
+def test_the_self_check_notices_answers_that_are_wrong(
+    engine: Callable[[str], Any], run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = engine("qwen3")._engine
     found = {"runner": "v1", "head": "direct"}
     assert run(vllm_check.why_not_extended(whole, found, VOCAB, "float32")) == ""
     reason = run(vllm_check.why_not_extended(Skewed(whole), found, VOCAB, "float32"))
     assert "nats away from vLLM's public log-probabilities" in reason
-    reader = run(vllm_check.choose(Skewed(whole), found, VOCAB, "float32", 8))
-    assert reader.fields == {Field.TOKEN_LOGPROBS, Field.TOP}
+    for engine_, what in ((Skewed(whole), found), (whole, {})):
+        with caplog.at_level(logging.WARNING):
+            reader = run(vllm_check.choose(engine_, what, VOCAB, "float32", 8))
+        assert reader.fields == {Field.TOKEN_LOGPROBS, Field.TOP}
+        assert "no tails, no normalisers, no temperatures" in caplog.text
+        assert "costs about 12 % of the prefill rate" in caplog.text
+        caplog.clear()
