@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
@@ -42,6 +42,8 @@ class _ConsoleHandler(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self.console.is_terminal and getattr(record, "on_live_line", False):
+            return
         style = "yellow" if record.levelno >= logging.WARNING else None
         self.console.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -94,9 +96,10 @@ class Reporter:
         if not self.main:
             yield _nothing
         elif self.console.is_terminal:
-            columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+            columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(8), MofNCompleteColumn()
+            text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True, ratio=1))
             with Progress(
-                *columns, TimeElapsedColumn(), TextColumn("{task.fields[text]}"), console=self.console, transient=True
+                *columns, TimeElapsedColumn(), text, console=self.console, transient=True, expand=True
             ) as bar:
                 task = bar.add_task(label, total=total, text="")
 
@@ -121,27 +124,37 @@ def _nothing(done: int, text: str = "") -> None:
 
 
 class TrainingProgress(TrainerCallback):  # type: ignore[misc]
-    """The live line of a stage's training, and one line for each set of metrics."""
+    """The live line of a stage's training. Where there is no terminal, one line for each set of metrics; the log file
+    gets these in any case.
+    """
 
     def __init__(self, reporter: Reporter, label: str) -> None:
         self.reporter, self.label = reporter, label
         self._context: Any = None
         self._update: Update | None = None
+        self._began, self._first = 0.0, 0
+        self._numbers = ""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the live line."""
+        self._began, self._first = time.monotonic(), state.global_step
         self._context = self.reporter.progress(self.label, state.max_steps)
         self._update = self._context.__enter__()
+        self._update(state.global_step, "")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the live line."""
+        """Moves the live line; the metrics on it are the last ones, the time left goes by this run's steps."""
         if self._update is not None:
-            self._update(state.global_step, "")
+            each = (time.monotonic() - self._began) / (state.global_step - self._first)
+            left = f"{duration(each * (state.max_steps - state.global_step))} left"
+            self._update(state.global_step, f"{left}, {self._numbers}" if self._numbers else left)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         """Writes one line for the metrics of a step; evaluations have lines of their own."""
         if self.reporter.main and logs and "loss" in logs:
-            log.info("%s step %d/%d: %s", self.label, state.global_step, state.max_steps, step_line(logs))
+            self._numbers = live_text(logs)
+            line, seen = "%s step %d/%d: %s", {"on_live_line": True}
+            log.info(line, self.label, state.global_step, state.max_steps, step_line(logs), extra=seen)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Closes the live line."""
@@ -170,6 +183,32 @@ def step_line(logs: Mapping[str, Any]) -> str:
     times = ("sampling", "teacher", "training", "saving")
     spent = ", ".join(f"{name} {logs[f'seconds_{name}']:.2f} s" for name in times if f"seconds_{name}" in logs)
     return f"{text} ({spent})" if spent else text
+
+
+def live_text(logs: Mapping[str, Any]) -> str:
+    """The metrics of a training step as far as they are there, short: what matters most comes first."""
+    words = [
+        ("loss", "loss {:.3f}"),
+        ("forward_kl", "KL forward {:.3f}"),
+        ("reverse_kl", "reverse {:.3f}"),
+        ("tail_share", "tail {:.2%}"),
+    ]
+    parts = [form.format(logs[key]) for key, form in words if key in logs]
+    whole = sum(v for k, v in logs.items() if k.startswith("seconds_"))
+    if whole > 0 and "seconds_teacher" in logs:
+        parts.append(f"waiting {logs['seconds_teacher'] / whole:.0%}")
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as `1 h 02 min`, `3 min 20 s` or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def tensorboard(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from html import escape
 from typing import Any
 
 from ..history import Line as Metrics
-from ..reporting import COLUMNS, cells
+from ..reporting import COLUMNS, cells, duration
 from ..settings import to_yaml
 from . import charts
 from .charts import Line, Points
@@ -155,12 +155,3 @@ def _teacher(run: RunReport) -> dict[str, Any]:
         "quantisation": info.quantization or "none",
         "vocabulary": info.vocab_size,
     }
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, as `1 h 02 min`, `3 min 20 s` or `12 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

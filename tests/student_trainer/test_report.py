@@ -15,7 +15,6 @@ from student_trainer.config import Config
 from student_trainer.history import History, read
 from student_trainer.report import RunReport
 from student_trainer.report.charts import Line, line_chart, share_bar, thinned, ticks
-from student_trainer.report.page import duration
 from student_trainer.report.timing import time_spent
 from tests.student_trainer.test_stages import Run, go  # noqa: F401
 
@@ -189,10 +188,6 @@ def test_a_chart_leaves_out_what_is_no_number_and_groups_long_lines() -> None:
     assert len(long) <= 300
     assert all(y == pytest.approx(2 * x) for x, y in long)
     Page(line_chart("<t>", [Line("<a>", [(0, 1.0), (5, 1.0)], 1)], str) + share_bar([("<a>", 1.0), ("b", 3.0)]))
-
-
-def test_durations_are_words() -> None:
-    assert [duration(s) for s in (12, 200, 3725)] == ["12 s", "3 min 20 s", "1 h 02 min"]
 
 
 def test_runs_leave_a_report_finished_interrupted_or_of_one_stage(

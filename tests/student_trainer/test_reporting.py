@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
+import os
+import pty
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,7 +19,17 @@ from rich.console import Console
 from student_trainer import reporting
 from student_trainer.config import Training
 from student_trainer.errors import UserError
-from student_trainer.reporting import Reporter, final_table, logging_to, markdown_table, report_to, step_line
+from student_trainer.reporting import (
+    Reporter,
+    TrainingProgress,
+    duration,
+    final_table,
+    live_text,
+    logging_to,
+    markdown_table,
+    report_to,
+    step_line,
+)
 
 ROWS = [
     {"model": "teacher", "accuracy_thinking": 0.998, "accuracy_non_thinking": 0.75, "forward_kl": 0.0, "seconds": 3.2},
@@ -65,6 +81,71 @@ def test_progress_on_a_terminal_is_live_and_of_another_process_silent() -> None:
 def test_a_step_line_names_what_is_there() -> None:
     line = step_line({"loss": 0.5, "reverse_kl": 0.25, "tail_share": 0.01, "seconds_teacher": 1.0})
     assert line == "loss 0.5000, reverse KL 0.2500, tail 1.00% (teacher 1.00 s)"
+
+
+def test_the_live_line_has_loss_divergences_tail_speed_and_waiting() -> None:
+    times = {"seconds_sampling": 1.0, "seconds_teacher": 0.5, "seconds_training": 2.0, "seconds_saving": 0.5}
+    logs = {"loss": 0.5, "forward_kl": 0.25, "reverse_kl": 0.125, "tail_share": 0.01, "tokens_per_second": 940.2}
+    text = "loss 0.500, KL forward 0.250, reverse 0.125, tail 1.00%, waiting 12%, 940 tokens/s"
+    assert live_text(logs | times) == text
+    assert live_text({"loss": 0.5}) == "loss 0.500"
+
+
+def test_durations_are_words() -> None:
+    assert [duration(s) for s in (12, 200, 3725)] == ["12 s", "3 min 20 s", "1 h 02 min"]
+
+
+@pytest.mark.parametrize("width", [70, 200])
+def test_on_a_terminal_a_stage_is_one_line_redrawn_and_the_log_file_has_plain_lines(tmp_path: Path, width: int) -> None:
+    keeper, terminal = pty.openpty()
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+            while piece := os.read(keeper, 4096):
+                shown.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    state = SimpleNamespace(global_step=0, max_steps=40)
+    with os.fdopen(terminal, "w") as file:
+        console = Console(file=file, width=width, _environ={"TERM": "xterm"})
+        assert console.is_terminal
+        with logging_to(str(tmp_path / "d.log"), console, True):
+            progress = TrainingProgress(Reporter(console), "stage 1, off-policy")
+            progress.on_train_begin(None, state, None)
+            for step in range(1, 41):
+                state.global_step = step
+                logs = {"loss": 1 / step, "tail_share": 0.001, "seconds_teacher": 1.0, "seconds_training": 3.0}
+                progress.on_log(None, state, None, logs)
+                progress.on_step_end(None, state, None)
+                time.sleep(0.02)
+            progress.close()
+    reader.join()
+    os.close(keeper)
+    text = b"".join(shown).decode()
+    drawn, _ = text.rsplit("\x1b[1A", 1)
+    assert "\x1b[1A" not in drawn, "the cursor only goes up to remove the line at the end"
+    assert drawn.count("\n") == 1, "the line never scrolls"
+    assert drawn.count("\r\x1b[2K") >= 3, "it is drawn again and again in its place"
+    assert "step 3/40" not in text
+    assert " left" in text
+    if width == 200:
+        assert "tail 0.10%, waiting 25%" in text
+    lines = (tmp_path / "d.log").read_text().splitlines()
+    assert len(lines) == 40
+    assert lines[2].endswith(
+        "INFO student_trainer: stage 1, off-policy step 3/40: loss 0.3333, tail 0.10% (teacher 1.00 s, training 3.00 s)"
+    )
+    assert "\x1b" not in "".join(lines)
+
+
+def test_without_a_terminal_each_set_of_metrics_is_a_line(tmp_path: Path) -> None:
+    shown, state = io.StringIO(), SimpleNamespace(global_step=1, max_steps=4)
+    console = Console(file=shown, width=200)
+    with logging_to(str(tmp_path / "d.log"), console, True):
+        TrainingProgress(Reporter(console), "stage 2, on-policy").on_log(None, state, None, {"loss": 0.5})
+    assert shown.getvalue() == "stage 2, on-policy step 1/4: loss 0.5000\n"
 
 
 def test_the_table_is_shown_and_kept(tmp_path: Path) -> None:
