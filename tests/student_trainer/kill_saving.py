@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 
 from student_trainer.batches import Row, pad
 from student_trainer.checkpoints import off_policy_layout, prepare, read_about
+from student_trainer.config import Config
 from student_trainer.distillation_trainer import DistillationTrainer, MicroBatch
 from student_trainer.evaluation import Measurement
 from student_trainer.losses import Objective, TeacherTargets
@@ -40,6 +41,7 @@ from student_trainer.stage_loss import StageLoss
 from tests.tiny_qwen3 import make
 
 VOCABULARY = 261
+CONFIG = Config().model_dump(mode="json")
 Tell = Callable[[str], None]
 
 
@@ -92,6 +94,7 @@ class EveryStep(TrainerCallback):  # type: ignore[misc]
 def make_trainer(folder: Path, student: Path, last: int, tell: Tell) -> DistillationTrainer:
     """The trainer of a run below `folder`."""
     layout = off_policy_layout(str(folder))
+    about = {"stage": layout.stage, "teacher": {"name": "none", "fingerprint": "none"}, "config": CONFIG}
     args = TrainingArguments(
         output_dir=str(layout.root),
         per_device_train_batch_size=4,
@@ -115,7 +118,7 @@ def make_trainer(folder: Path, student: Path, last: int, tell: Tell) -> Distilla
         layout=layout,
         tokenizer=AutoTokenizer.from_pretrained(student),
         evaluator=lambda model: Measurement({"loss": 1 / time.time()}, []),
-        about=lambda step, measured: {"stage": layout.stage, "step": step, "measured": measured},
+        about=lambda step, measured: about | {"step": step, "measured": measured},
         save_total_limit=2,
         callbacks=[EveryStep(tell, last)],
     )
