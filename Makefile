@@ -51,9 +51,11 @@ test-slow: .venv/dev.stamp
 
 # VLLM_CPU_KVCACHE_SPACE: GiB of keys and values, else vLLM takes half of the machine. TORCHDYNAMO_DISABLE: compiling takes
 # minutes and a compiler. VLLM_NO_USAGE_STATS: nothing is reported to anybody.
+# VLLM_TESTS="vllm and slow": three more starts of the engine, some minutes.
+VLLM_TESTS ?= vllm and not slow
 test-vllm: .venv-vllm/stamp
 	VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-		.venv-vllm/bin/python -m pytest -m vllm tests/contract tests/teacher_server
+		.venv-vllm/bin/python -m pytest -m "$(VLLM_TESTS)" tests/contract tests/teacher_server
 
 lint: .venv/dev.stamp
 	$(PY) -m ruff check .
