@@ -19,7 +19,8 @@ STAGES = ("all", "non_policy", "policy", "test")
 EPILOG = """\
 Settings: section.key=value on the command line over STRONG2WEAK_SECTION__KEY in the environment over the file over
 defaults, for example policy_distillation.learning_rate=1e-5 or STRONG2WEAK_DATA__MAX_LENGTH=1024.
-Exit status: 0 done, 1 an error that you can mend (one line says how), 2 a wrong command line, 130 interrupted."""
+Exit status: 0 done, 1 an error that you can mend (one line says how), 2 a wrong command line, 130 interrupted
+(Ctrl-C), 143 stopped by SIGTERM. While a stage trains, either saves a checkpoint first; a second one stops at once."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -105,12 +106,14 @@ def _run(config: Any, stage: str, pretrained_student: str | None) -> None:
 
 def _interrupt(number: int, frame: object) -> None:
     """SIGTERM ends a run as Ctrl-C does: in order, the teacher it started included."""
-    raise KeyboardInterrupt
+    from student_trainer.errors import Interrupted
+
+    raise Interrupted(number)
 
 
 def _report(error: BaseException, log_file: Path) -> int:
     """Says what happened on standard error, keeps the traceback in the log, and gives the exit status."""
-    from student_trainer.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, explain
+    from student_trainer.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, explain
 
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error in rank {rank}"
@@ -119,7 +122,7 @@ def _report(error: BaseException, log_file: Path) -> int:
     line = explain(error)
     if isinstance(error, KeyboardInterrupt):
         print(line, file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return 128 + error.number if isinstance(error, Interrupted) else EXIT_INTERRUPTED
     if line is None:
         what = f"{type(error).__name__}: {error}"
         print(f"{trace}{prefix}: a bug of this program: {what}; {kept}, please report it", file=sys.stderr)

@@ -4,8 +4,8 @@ transformers.
 Four hooks are overridden. `get_batch_samples` asks the feed for the micro-batches of a whole optimizer step, so that
 a stage can sample, or ask the teacher ahead. `compute_loss` runs the loss inside the wrapped model's forward (DDP and
 FSDP synchronise as ever) and divides its sum by the completion tokens of the global batch: all processes, all
-accumulation steps. `evaluate` measures with the stage's evaluator and keeps the best model. `_save_checkpoint` lets
-the Trainer write its checkpoint into a staging folder and moves it to its place whole.
+accumulation steps. `evaluate` measures with the stage's evaluator and keeps the best model. `_get_grad_norm` refuses a
+gradient that is no number. Saving is saving.py.
 
 Gradient scale: DDP and FSDP average gradients over W processes, so each sum is multiplied by W / N. N is counted
 here, before the first micro-batch trains; the Trainer divides by nothing of its own where it gets a count.
@@ -13,26 +13,25 @@ here, before the first micro-batch trains; the Trainer divides by nothing of its
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from . import distributed
 from .batches import GroupedSampler, Row, completion_tokens, pad
-from .checkpoints import Layout, put, rotate, write_about
+from .checkpoints import Layout
 from .errors import UserError
 from .evaluation import Measurement
 from .losses import Targets
-from .model_card import model_card
+from .saving import SavingTrainer
 from .stage_loss import METRICS, StageLoss
+from .stopping import Stopper
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +93,7 @@ class MeasureEveryEpochs(TrainerCallback):  # type: ignore[misc]
             control.should_evaluate = True
 
 
-class DistillationTrainer(Trainer):  # type: ignore[misc]
+class DistillationTrainer(SavingTrainer):
     """See the module. `evaluator` measures the model; `about` is what a model folder's training_config.json says."""
 
     loss_is_scaled_for_ga = True
@@ -111,10 +110,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         evaluator: Callable[[Any], Measurement | None],
         about: Callable[[int, dict[str, float]], dict[str, Any]],
         save_total_limit: int | None,
+        stopper: Stopper | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.feed, self.loss, self.layout = feed, loss, layout
-        self._evaluator, self._about, self._keep = evaluator, about, save_total_limit
+        self.feed, self.loss, self._evaluator = feed, loss, evaluator
         self._iterator: Iterator[list[int]] | None = None
         self._queue: deque[list[int]] = deque()
         self._losses: list[torch.Tensor] = []
@@ -128,6 +127,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         super().__init__(
             model,
             args,
+            layout=layout,
+            about=about,
+            save_total_limit=save_total_limit,
+            stopper=stopper,
             data_collator=list,
             train_dataset=_Indices(len(feed)),
             eval_dataset=_Indices(1),
@@ -144,6 +147,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, MicroBatch]], torch.Tensor]:
         """The micro-batches of one optimizer step, and the completion tokens of the global batch."""
+        self.stopper.check()
         if epoch_iterator is not self._iterator:
             self._iterator = epoch_iterator
             self._queue.clear()
@@ -185,7 +189,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         )
         self._sums = sums if self._sums is None else self._sums + sums
         self._losses.append(loss.detach())
-        self._names.append(", ".join(r.name for r in batch.rows[:4]))
+        self._names.append(_named([r.name for r in batch.rows]))
         if self.accelerator.gradient_state.sync_gradients:
             self._refuse_non_finite()
         scaled: torch.Tensor = loss * (self.args.world_size / num_items_in_batch)
@@ -193,21 +197,25 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     def _refuse_non_finite(self) -> None:
         """Stops before the optimizer step where a micro-batch of it has a loss that is no number."""
-        finite = torch.stack(self._losses).isfinite().tolist()
-        if not all(finite):
-            raise self._not_finite("loss", [n for n, good in zip(self._names, finite, strict=True) if not good])
+        losses = torch.stack(self._losses)
+        if not bool(losses.isfinite().all()):
+            bad = [(v, n) for v, n in zip(losses.tolist(), self._names, strict=True) if not math.isfinite(v)]
+            raise self._not_finite("loss", bad[0][0], [name for _, name in bad])
 
-    def _clip_grad_norm(self, model: Any) -> Any:
-        norm = super()._clip_grad_norm(model)
-        if not bool(torch.as_tensor(norm).isfinite()):
-            raise self._not_finite("gradient", self._names)
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not bool(torch.as_tensor(norm).isfinite().all()):
+            raise self._not_finite("gradient", float(norm), self._names)
         return norm
 
-    def _not_finite(self, what: str, names: Sequence[str]) -> UserError:
+    def _not_finite(self, what: str, value: float, names: Sequence[str]) -> UserError:
+        last = self.layout.newest_whole(contents=False)
+        saved = f"{last} is whole, go on from it with --resume" if last else "there is no checkpoint yet"
         return UserError(
-            f"the {what} of step {self.state.global_step + 1} is not finite, in the batch of {'; '.join(names)}",
+            f"the {what} of step {self.state.global_step + 1} is not finite ({value}), in the batch of "
+            f"{'; '.join(names)}",
             "training",
-            "lower the learning rate or use float32 (models.torch_dtype); no weight was changed by this step",
+            f"lower the learning rate or use float32 (models.torch_dtype); no weight was changed by this step, {saved}",
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -246,9 +254,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             }
             self.log({**metrics, **texts})
             loss, best = metrics[f"{metric_key_prefix}_loss"], self.state.best_metric
-            if best is None or loss < best:
+            better = best is None or loss < best
+            if better and self.save_to(self.layout.best_model, measurement.values, must=False):
                 self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
-                self.save_to(self.layout.best_model, measurement.values)
         handler = self.callback_handler
         self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         return metrics
@@ -263,40 +271,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         """Seconds spent on saving since the last line of metrics."""
         return self._seconds["saving"]
 
-    def save_to(self, folder: Path, measured: dict[str, float]) -> None:
-        """Writes the model folder `folder`, in place of an older one, in one step."""
-        started = time.monotonic()
-        staging = self.layout.staging / folder.name
-        try:
-            self.save_model(str(staging), _internal_call=True)
-            if self.args.should_save:
-                about = self._about(self.state.global_step, measured)
-                write_about(staging, about)
-                (staging / "README.md").write_text(model_card(about), encoding="utf-8")
-                put(staging, folder)
-        finally:
-            self._clear_staging()
-            self._seconds["saving"] += time.monotonic() - started
+    def measured(self) -> dict[str, float]:
+        """What was measured last."""
+        return self.last_measurement.values if self.last_measurement else {}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        started, step = time.monotonic(), self.state.global_step
-        output_dir, self.args.output_dir = self.args.output_dir, str(self.layout.staging)
-        try:
-            super()._save_checkpoint(model, trial)
-            distributed.barrier()
-            if self.args.should_save:
-                written = self.layout.staging / f"checkpoint-{step}"
-                write_about(written, self._about(step, self.last_measurement.values if self.last_measurement else {}))
-                put(written, self.layout.checkpoint_folder(step))
-                rotate(self.layout, self._keep, self.layout.checkpoint_folder(step))
-        finally:
-            self.args.output_dir = output_dir
-            self._clear_staging()
-            self._seconds["saving"] += time.monotonic() - started
+    def spent_saving(self, seconds: float) -> None:
+        """Counts the time of a save."""
+        self._seconds["saving"] += seconds
 
-    def _clear_staging(self) -> None:
-        if self.args.should_save:
-            shutil.rmtree(self.layout.staging, ignore_errors=True)
+
+def _named(names: Sequence[str], shown: int = 8) -> str:
+    """The examples of a micro-batch, for a message."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -22,6 +22,14 @@ class UserError(Exception):
         super().__init__(f"{line}; {next_step}" if next_step else line)
 
 
+class Interrupted(KeyboardInterrupt):
+    """Signal `number` (SIGINT, SIGTERM) ended the run; `what` says what was saved. Its exit status is 128 + number."""
+
+    def __init__(self, number: int, what: str = "interrupted; what was saved is valid, go on with --resume") -> None:
+        self.number, self.what = number, what
+        super().__init__(what)
+
+
 EXIT_USER_ERROR = 1
 EXIT_INTERRUPTED = 130
 
@@ -52,6 +60,8 @@ def explain(exc: BaseException) -> str | None:
 def _ours(exc: BaseException) -> str | None:
     if isinstance(exc, UserError):
         return str(exc)
+    if isinstance(exc, Interrupted):
+        return exc.what
     if isinstance(exc, KeyboardInterrupt):
         return "interrupted; what was saved is valid, go on with --resume"
     return None
@@ -93,12 +103,30 @@ def _memory(exc: BaseException) -> str | None:
     return None
 
 
-_FULL = re.compile(r"No space left on device|os error 28\b|Disk quota exceeded|PytorchStreamWriter failed writing")
+_FULL = re.compile(
+    r"No space left on device|os error (28|27)\b|File too large|Disk quota exceeded"
+    # torch.save says no more than this, in its two shapes
+    r"|PytorchStreamWriter failed writing|basic_ios::clear: iostream error|inline_container.*unexpected pos"
+)
+
+
+def is_disk_full(exc: BaseException) -> bool:
+    """Whether something could not be written for want of room, here or in the chain of causes."""
+    current: BaseException | None = exc
+    while current is not None:
+        if _is_full(current):
+            return True
+        current = current.__cause__ or current.__context__
+    return False
+
+
+def _is_full(exc: BaseException) -> bool:
+    number = exc.errno if isinstance(exc, OSError) else None
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or bool(_FULL.search(str(exc)))
 
 
 def _disk(exc: BaseException) -> str | None:
-    number = exc.errno if isinstance(exc, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or _FULL.search(str(exc)):
+    if _is_full(exc):
         where = f"{exc.filename}: " if isinstance(exc, OSError) and exc.filename else ""
         return (
             f"{where}the disk is full; free space or set training.output_dir to another disk (training.save_total_limit"

@@ -24,13 +24,14 @@ from .checkpoints import Layout, prepare, read_about
 from .config import Config, NonPolicyDistillation, PolicyDistillation
 from .data import Example
 from .distillation_trainer import DistillationTrainer, Feed, MeasureEveryEpochs
-from .errors import UserError
+from .errors import Interrupted, UserError
 from .evaluation import Evaluator, Measurement, Student
 from .full_distribution import TeacherHead
 from .history import History
 from .models import accept_objective, eos_ids, load_student, load_tokenizer
 from .report import RunReport
 from .stage_loss import StageLoss
+from .stopping import Stopper
 from .teacher_client import TeacherClient
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ def train(
 ) -> dict[str, float]:
     """Trains to the end, writes best and final model, and gives what was measured on the best one."""
     on_policy = isinstance(options, PolicyDistillation)
-    args = arguments(session.config, options, layout)
+    args, stopper = arguments(session.config, options, layout), Stopper()
     warn_of_rounding(student.model, options.learning_rate)
     progress = reporting.TrainingProgress(session.reporter, label)
     history = History(layout.root)
@@ -205,15 +206,20 @@ def train(
         evaluator=measure,
         about=about,
         save_total_limit=session.config.training.save_total_limit,
+        stopper=stopper,
         callbacks=callbacks,
     )
     started = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        progress.close()
-    if not trainer.measured_now:
-        trainer.evaluate()
+    with stopper.catching():
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if not trainer.measured_now:
+                trainer.evaluate()
+            stopper.check()
+        except Interrupted as stop:
+            raise trainer.save_and_stop(stop) from None
+        finally:
+            progress.close()
     log.info("%s: %d steps in %.0f s", label, trainer.state.global_step, time.monotonic() - started)
     last = trainer.last_measurement.values if trainer.last_measurement else {}
     if distributed.on_main(lambda: not layout.best_model.is_dir()):

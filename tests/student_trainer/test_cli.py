@@ -244,7 +244,7 @@ def test_a_termination_signal_interrupts_in_order() -> None:
         "cli._run = begin\nsys.exit(cli.main(['training.log_file=' + os.devnull]))"
     )
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (130, "cleaned up\n"), done.stderr
+    assert (done.returncode, done.stdout) == (143, "cleaned up\n"), done.stderr
 
 
 def test_the_package_is_a_command_too(tmp_path: Path) -> None:

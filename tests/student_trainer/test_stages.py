@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from student_trainer import score_store
+from student_trainer.checkpoints import fault
 from student_trainer.config import Config
-from student_trainer.errors import UserError, explain
-from student_trainer.manifest import seal
+from student_trainer.distillation_trainer import DistillationTrainer
+from student_trainer.errors import UserError
+from student_trainer.manifest import damage, seal
 from student_trainer.run import run
 from tests.servers import ROOT
 from tests.student_trainer.conftest import STUDENT
@@ -194,7 +199,7 @@ def test_a_run_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
     folder = tmp_path / "outputs" / name
     shutil.copytree(folder, tmp_path / "whole")
     for path in folder.iterdir():
-        if path.name not in (f"{prefix}-3", "responses.parquet", "metrics.jsonl"):
+        if path.is_dir() and path.name not in (f"{prefix}-3", "responses.parquet"):
             shutil.rmtree(path)
     shown = go(stage, training=steps | {"resume": True}, policy_distillation={"num_epochs": 4})
     assert f"going on from {folder / f'{prefix}-3'}" in shown
@@ -281,35 +286,88 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(
     model = AutoModelForCausalLM.from_pretrained(STUDENT)
     model.load_state_dict(tensors, strict=False)
     model.save_pretrained(broken)
-    with pytest.raises(UserError, match=r"the loss of step 1 is not finite, in the batch of \w+ \((non_)?thinking\)"):
+    where = (
+        r"the loss of step 1 is not finite \(nan\), in the batch of \w+ \((non_)?thinking\).*there is no checkpoint yet"
+    )
+    with pytest.raises(UserError, match=where):
         go("non_policy", broken, data={"val_path": None, "val_ratio": 0.0})
     assert not list((tmp_path / "outputs" / "non_policy_distillation").glob("checkpoint-*"))
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_the_last_checkpoint(
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change_and_names_the_batch(
     go: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, calls = torch.save, 0
+    compute, seen = DistillationTrainer.compute_loss, list[DistillationTrainer]()
 
-    def full(*arguments: Any, **options: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 4:
-            raise OSError(28, "No space left on device", str(arguments[1]))
-        save(*arguments, **options)
+    def steep(self: DistillationTrainer, *arguments: Any, **options: Any) -> torch.Tensor:
+        seen[:] = [self]
+        loss = compute(self, *arguments, **options)
+        return loss if self.state.global_step < 2 else loss * float("inf")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        go("policy", policy_distillation={"num_epochs": 4}, training={"save_steps": 1})
-    line = explain(caught.value)
-    assert line is not None
-    assert "the disk is full" in line
-    assert "--resume" in line
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", steep)
+    clipping = {"save_steps": 1, "max_grad_norm": 0.0}  # nobody asks for the norm then
+    pattern = r"the gradient of step 3 is not finite \((nan|inf)\), in the batch of \w+ .*checkpoint-2 is whole"
+    with pytest.raises(UserError, match=pattern):
+        go("non_policy", training=clipping, non_policy_distillation={"max_steps": 4})
+    kept = tmp_path / "outputs" / "non_policy_distillation" / "checkpoint-2"
+    assert fault(kept) is None
+    now = seen[0].model.state_dict()
+    assert all(torch.equal(tensor, now[name]) for name, tensor in weights(kept).items())
+
+
+@contextmanager
+def room(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes: the system refuses the write, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_while_saving_is_said_and_training_goes_on(
+    go: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = DistillationTrainer._save_checkpoint
+    sizes = {2: 100_000, 3: 700_000}  # step 2: not even the weights fit; step 3: the optimizer's states do not
+
+    def cramped(self: DistillationTrainer, *arguments: Any) -> None:
+        with room(sizes.get(self.state.global_step, 2**40)):
+            save(self, *arguments)
+
+    monkeypatch.setattr(DistillationTrainer, "_save_checkpoint", cramped)
+    go("policy", policy_distillation={"num_epochs": 2}, training={"save_steps": 1})
     folder = tmp_path / "outputs" / "policy_distillation"
-    assert [p.name for p in folder.glob("policy_checkpoint-*")] == ["policy_checkpoint-1"]
+    kept = sorted(p.name for p in folder.glob("policy_checkpoint-*"))
+    assert kept == ["policy_checkpoint-1", "policy_checkpoint-4"]
+    assert all(fault(folder / name) is None for name in kept)
+    assert damage(folder / "final_policy_model") is None
     assert not (folder / ".staging").exists()
-    monkeypatch.setattr(torch, "save", save)
-    assert "step 2/8" in go("policy", policy_distillation={"num_epochs": 4}, training={"resume": True})
+    lines = [x for x in (tmp_path / "distillation.log").read_text().splitlines() if "could not be written" in x]
+    assert len(lines) == 2
+    for step, line in zip((2, 3), lines, strict=True):
+        pattern = rf"step {step} could not be written: the disk is full after [\d,]+ bytes, [\d,]+ are free in \S+, "
+        assert re.search(pattern + r"a checkpoint takes about [\d,]+; \S+checkpoint-1 is whole, training goes on", line)
+
+
+def test_a_full_disk_keeps_the_older_best_model_and_ends_a_run_whose_final_model_does_not_fit(
+    go: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = DistillationTrainer.save_to
+
+    def cramped(self: DistillationTrainer, folder: Path, *arguments: Any, **options: Any) -> bool:
+        with room(100_000):
+            return save(self, folder, *arguments, **options)
+
+    folder = tmp_path / "outputs" / "policy_distillation"
+    monkeypatch.setattr(DistillationTrainer, "save_to", cramped)
+    with pytest.raises(UserError, match=r"the disk is full after [\d,]+ bytes.*--resume"):
+        go("policy", policy_distillation={"max_steps": 2})
+    assert sorted(p.name for p in folder.glob("*model")) == []
+    monkeypatch.setattr(DistillationTrainer, "save_to", save)
+    assert "going on from" in go("policy", policy_distillation={"max_steps": 2}, training={"resume": True})
+    assert damage(folder / "final_policy_model") is None
 
 
 def test_a_checkpoint_of_another_teacher_is_not_continued(go: Run, tmp_path: Path) -> None:
