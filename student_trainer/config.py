@@ -93,6 +93,10 @@ class Training(Section):
     """Report metrics to Weights & Biases (after `wandb login`)."""
     wandb_project: str = "qwen3-distillation"
     """Project that the run is reported to."""
+    use_trackio: bool = False
+    """Report metrics to trackio, by default in its folder on this machine."""
+    trackio_project: str = "qwen3-distillation"
+    """Project that the run is reported to."""
     use_tensorboard: bool = True
     """Write TensorBoard files below output_dir."""
     push_to_hub: str | None = None

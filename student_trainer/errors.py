@@ -166,6 +166,7 @@ def _hub(exc: BaseException) -> str | None:
 
 _EXTRAS = {
     "wandb": "wandb",
+    "trackio": "trackio",
     "bitsandbytes": "bitsandbytes",
     "peft": "peft",
     "vllm": "vllm",

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.utils.logging import disable_progress_bar
 
+from . import trackio_report
 from .config import Training
 from .errors import UserError
 from .storage import write_json
@@ -228,6 +229,13 @@ def report_to(training: Training) -> list[str]:
         raise UserError("wandb is not installed", "training.use_wandb", "run: pip install 'strong2weak[wandb]'")
     os.environ["WANDB_PROJECT"] = training.wandb_project
     return ["wandb"]
+
+
+def check_reports(training: Training) -> None:
+    """Makes sure, before anything is begun, that all which metrics are to go to is installed; a UserError if not."""
+    report_to(training)
+    if training.use_trackio:
+        trackio_report.check()
 
 
 def finish_reports(training: Training) -> None:

@@ -26,7 +26,7 @@ from .model_card import check_push, push
 from .models import describe
 from .modes import render
 from .report import RunReport
-from .reporting import Reporter, final_table, logging_to
+from .reporting import Reporter, check_reports, final_table, logging_to
 from .rollouts import sample
 from .settings import to_yaml
 from .stage import Outcome, Session, open_student, report, training_device
@@ -52,6 +52,8 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         reporter = Reporter(console, main=main)
         log.debug("stage %s with\n%s", stage, to_yaml(config))
         set_seed(config.training.seed)
+        if stage != "test":
+            check_reports(config.training)
         repository = config.training.push_to_hub if stage != "test" else None
         if repository is not None:
             distributed.on_main(lambda: check_push(repository))

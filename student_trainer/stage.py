@@ -33,6 +33,7 @@ from .report import RunReport
 from .stage_loss import StageLoss
 from .stopping import Stopper
 from .teacher_client import TeacherClient
+from .trackio_report import TrackioReport
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +183,12 @@ def train(
     ]
     if session.config.training.use_tensorboard and distributed.is_main():
         callbacks.append(reporting.tensorboard(layout.root / "runs"))
+    tracker = None
+    if session.config.training.use_trackio and distributed.is_main():
+        name = f"{Path(session.config.training.output_dir).name}-{layout.stage}"
+        project, config = session.config.training.trackio_project, session.config.model_dump(mode="json")
+        tracker = TrackioReport(project, name, config, goes_on=checkpoint is not None)
+        callbacks.append(tracker)
 
     def about(step: int, measured: dict[str, float]) -> dict[str, Any]:
         teacher = {"name": session.info.name, "fingerprint": session.info.fingerprint}
@@ -228,6 +235,8 @@ def train(
     if distributed.is_main():
         history.add(trainer.state.global_step, {"saving": trainer.unlogged_saving})
     reporting.finish_reports(session.config.training)
+    if tracker is not None:
+        tracker.close()
     distributed.barrier()
     return dict(read_about(layout.best_model).get("measured", {}))
 
