@@ -11,11 +11,15 @@ Knows neither what the numbers mean nor how they are shown.
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+log = logging.getLogger(__name__)
 
 NAME = "metrics.jsonl"
 
@@ -23,12 +27,12 @@ Line = dict[str, Any]
 
 
 def read(folder: Path) -> list[Line]:
-    """The lines of a stage's folder, oldest first; a last line that a crash cut off is left out."""
+    """The lines of a stage's folder, oldest first; one that a crash or a full disk cut off is left out."""
     path = folder / NAME
     if not path.is_file():
         return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    lines = (_parsed(text) for text in path.read_text(encoding="utf-8", errors="replace").split("\n"))
+    return [line for line in lines if line is not None]
 
 
 class History(TrainerCallback):  # type: ignore[misc]
@@ -41,13 +45,18 @@ class History(TrainerCallback):  # type: ignore[misc]
         """Keeps the lines up to `step`."""
         kept = [line for line in read(self.folder) if line["step"] <= step] if step else []
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / NAME).write_text("".join(map(_text, kept)), encoding="utf-8")
+        temporary = self.folder / f".{NAME}.tmp"
+        temporary.write_text("".join(map(_text, kept)), encoding="utf-8")
+        os.replace(temporary, self.folder / NAME)
         self._logged = step
 
     def add(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends a line."""
-        with (self.folder / NAME).open("a", encoding="utf-8") as file:
-            file.write(_text({"step": step, **values}))
+        """Appends a line; where that fails training goes on, with a warning."""
+        try:
+            with (self.folder / NAME).open("a", encoding="utf-8") as file:
+                file.write(_text({"step": step, **values}))
+        except OSError as error:
+            log.warning("the metrics of step %d are missing from %s: %s", step, self.folder / NAME, error.strerror)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begins at the step that training begins at."""
@@ -61,6 +70,14 @@ class History(TrainerCallback):  # type: ignore[misc]
             self._logged = state.global_step
         if numbers:
             self.add(state.global_step, numbers)
+
+
+def _parsed(text: str) -> Line | None:
+    try:
+        line: Line = json.loads(text)
+    except ValueError:
+        return None
+    return line
 
 
 def _text(line: Mapping[str, Any]) -> str:

@@ -157,11 +157,20 @@ def test_metrics_survive_a_crash_and_a_stage_that_goes_on_drops_what_came_after_
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "lo')
     assert [line["step"] for line in read(tmp_path)] == [2, 4, 6]
+    history.add(8, {"loss": 8.0})  # joins what was cut off
+    history.add(10, {"loss": 10.0})
+    assert [line["step"] for line in read(tmp_path)] == [2, 4, 6, 10]
     History(tmp_path).begin(4)
     assert [line["step"] for line in read(tmp_path)] == [2, 4]
     History(tmp_path).begin(0)
     assert read(tmp_path) == []
     assert read(tmp_path / "nowhere") == []
+
+
+def test_metrics_that_cannot_be_written_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    history = History(Path("/dev/full"))  # below a file nothing can be
+    history.add(3, {"loss": 1.0})
+    assert "the metrics of step 3 are missing from /dev/full/metrics.jsonl" in caplog.text
 
 
 def test_time_is_means_times_steps_and_what_was_saved_at_the_end(tmp_path: Path) -> None:
