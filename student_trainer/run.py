@@ -18,7 +18,7 @@ from transformers import set_seed
 from protos.scores import Mode, Prompt, Sampling, ScoreSpec, Sequence
 
 from . import distributed, embedded_teacher, full_distribution, handshake, off_policy, on_policy
-from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about
+from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about, recover
 from .config import Config
 from .data import load_examples
 from .evaluation import Evaluator, Student, answer_text
@@ -144,7 +144,10 @@ def run_stage(
 
 def first_student(config: Config, stage: str, pretrained: str | Path | None) -> str | Path:
     """The student to start from: the one named, or for stage 2 alone stage 1's best, or the configured one."""
-    best = off_policy_layout(config.training.output_dir).best_model
+    layout = off_policy_layout(config.training.output_dir)
+    if stage == "policy":
+        distributed.on_main(lambda: recover(layout))  # a run that was killed may have left the best model half-replaced
+    best = layout.best_model
     if pretrained is None and stage == "policy" and best.is_dir():
         log.info("starting from %s, stage 1's best model", best)
         return best
