@@ -51,7 +51,9 @@ class SamplingLoop:
         self._features, self._config, self._device = features, config, device
         self._eos, self._max_tokens = frozenset(eos), max_tokens
         self._prefill_tokens, self._cache_tokens, self._most_rows = prefill_tokens, cache_tokens, most_rows
-        self._takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
+        takes = inspect.signature(decoder.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24
         self._joinable = kv_cache.joinable(kv_cache.new_cache(config)) and not features.equal_lengths
         self._waiting: deque[Row] = deque()
         self._rows: list[Row] = []
@@ -166,10 +168,10 @@ class SamplingLoop:
         """Features [B, W] of the last of int64[B, new] ids that follow `before` positions, padding included."""
         after = before + ids.shape[1]
         at = torch.arange(after, device=self._device)
-        extra: dict[str, Any] = {"attention_mask": (at >= pads_B[:, None]).long()}
+        extra: dict[str, Any] = {"attention_mask": (at >= pads_B[:, None]).long(), self._cache_name: cache}
         if self._takes_positions:
             extra["position_ids"] = (at[before:] - pads_B[:, None]).clamp(min=0)
-        return self._features.run(ids, use_cache=True, past_key_values=cache, **extra)[:, -1]
+        return self._features.run(ids, use_cache=True, **extra)[:, -1]
 
     def _draw(self, rows: list[Row], logits: Tensor, outbox: Outbox, *, batch: bool = False) -> Tensor:
         """Draws a token for each row, records it, and queues what its caller should see; int64[B]."""
