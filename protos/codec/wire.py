@@ -1,6 +1,6 @@
 """The fields of one serialised message without copying them: protobuf's own parser copies bytes twice.
 
-It is for the arrays of a score, a megabyte and more, where it saves a client a third to a half of its decoding; all
+It is for the arrays of a score, a megabyte and more, where it saves a client a quarter to a half of its decoding; all
 else goes through protobuf. It reads what proto3 writes for integers and bytes (wire types 0 and 2) and skips the
 rest, as unknown fields are skipped. Source: https://protobuf.dev/programming-guides/encoding/.
 """
