@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from protos.head import Head, held_as
-from protos.scores import BITS, Bits
+from protos.head import Head
+from protos.scores import BITS
+from teacher_server.backends.bits import dtype_name, to_bits
 from teacher_server.backends.features import Features
 from teacher_server.backends.transformers_model import LoadedModel
 
@@ -42,7 +42,7 @@ class LmHead:
         weight = self.weight[first:last]
         bias = None if self.bias is None else self.bias[first:last].float().cpu().numpy()
         after = max(0, len(self.weight) - last)
-        return Head(to_bits(weight), _name(weight.dtype), bias, first, after)
+        return Head(to_bits(weight), dtype_name(weight.dtype), bias, first, after)
 
 
 def offered(loaded: LoadedModel, features: Features, vocab_size: int) -> LmHead | None:
@@ -57,20 +57,8 @@ def offered(loaded: LoadedModel, features: Features, vocab_size: int) -> LmHead 
     with torch.inference_mode():
         hidden = features.run(torch.zeros(1, 2, dtype=torch.long, device=loaded.device)).dtype
     weight = head.weight.detach()
-    if not {_name(hidden), _name(weight.dtype)} <= BITS.keys() or torch.promote_types(hidden, weight.dtype) != (
-        weight.dtype
-    ):
+    names = {dtype_name(hidden), dtype_name(weight.dtype)}
+    if not names <= BITS.keys() or torch.promote_types(hidden, weight.dtype) != weight.dtype:
         return None
     bias = None if head.bias is None else head.bias.detach()[:vocab_size]
-    return LmHead(weight[:vocab_size], bias, _name(hidden))
-
-
-def to_bits(tensor: Tensor) -> Bits:
-    """A tensor of bfloat16, float16 or float32 as what holds it in numpy."""
-    if held_as(_name(tensor.dtype)) is np.float32:
-        return tensor.cpu().numpy()
-    return tensor.contiguous().view(torch.int16).cpu().numpy().view(np.uint16)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return LmHead(weight[:vocab_size], bias, dtype_name(hidden))

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
-from protos.scores import FinishReason, Ids
+from protos.scores import FinishReason, Ids, Sampling
 from teacher_server.backends.base import Piece
 from teacher_server.backends.jobs import GenerateJob
 from teacher_server.backends.randomness import uniforms
 from teacher_server.backends.thinking import ThinkBudget
+
+
+def stop_ids(sampling: Sampling, eos: Iterable[int]) -> frozenset[int]:
+    """Ids that end a completion; `eos` are the model's."""
+    return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else frozenset(eos))
+
+
+def most_tokens(sampling: Sampling, prompt_tokens: int, longest: int) -> int:
+    """The largest number of new tokens, where prompt and completion may have `longest` together."""
+    return max(1, min(sampling.max_tokens, longest - prompt_tokens))
 
 
 class Row:
@@ -19,8 +31,8 @@ class Row:
         self.job = job
         self.sample_index = sample_index
         self.ended = False
-        self._stops = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else eos)
-        self._most = max(1, min(sampling.max_tokens, max_tokens - len(job.prompt_ids)))
+        self._stops = stop_ids(sampling, eos)
+        self._most = most_tokens(sampling, len(job.prompt_ids), max_tokens)
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
         self._uniforms = uniforms(sampling.seed, job.prompt_ids, sample_index)

@@ -15,9 +15,9 @@ from torch import Tensor
 from protos.errors import TeacherFailed
 from protos.scores import Field, ScoreSpec
 from teacher_server.backends import readout
+from teacher_server.backends.bits import to_bits
 from teacher_server.backends.features import Features
 from teacher_server.backends.jobs import Outbox, ScoreJob
-from teacher_server.backends.lm_head import to_bits
 from teacher_server.backends.packing import chunks
 from teacher_server.backends.readout_blocks import Kernels
 

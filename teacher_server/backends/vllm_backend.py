@@ -80,7 +80,7 @@ class VllmBackend(CheckpointFace):
             temperatures = self._options.max_temperatures
             reader = await vllm_check.choose(engine, found, vocab_size, engine.dtype, temperatures)
             accepted = limits(self._options, vocab_size, longest)
-            info = self._describe(engine, reader, found, text, accepted, await hashing)
+            info = self._describe(engine, reader, found, text, vocab_size, accepted, await hashing)
         except BaseException:
             hashing.cancel()
             if engine is not None:
@@ -96,18 +96,15 @@ class VllmBackend(CheckpointFace):
         reader: vllm_check.Reader,
         found: dict[str, Any],
         text: HuggingFaceText,
+        vocab_size: int,
         limits: Limits,
         hashes: list[str],
     ) -> TeacherInfo:
-        model, vocab_size = (
-            engine.config.model_config,
-            min(text.vocab_size, int(engine.config.model_config.get_vocab_size())),
-        )
-        way = type(reader).__name__
+        model = engine.config.model_config
         states = Field.HIDDEN_STATES in reader.fields
         return TeacherInfo(
             name=self._options.served_name,
-            fingerprint=model_files.digest([*hashes, engine.dtype, way]),
+            fingerprint=model_files.digest([*hashes, engine.dtype, type(reader).__name__]),
             tokenizer_hash=text.tokenizer_hash,
             template_hash=text.template_hash,
             vocab_size=vocab_size,
@@ -175,7 +172,7 @@ class VllmBackend(CheckpointFace):
         queue: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
 
         async def run(sample_index: int) -> None:
-            async for piece in completion(wish, sample_index, engine.complete, self._forced):
+            async for piece in completion(wish, sample_index, engine, self._forced):
                 queue.put_nowait(piece)
 
         tasks = [asyncio.create_task(run(index)) for index in range(n)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -20,8 +19,7 @@ import numpy as np
 from protos.errors import TeacherError, TeacherFailed, Unavailable
 from protos.scores import Floats, Ids, Sampling
 from teacher_server.backends import vllm_tap
-
-_LOG = logging.getLogger(__name__)
+from teacher_server.backends.bits import dtype_name
 
 RETRY_S = 5.0
 CLOSE_S = 20.0
@@ -69,7 +67,7 @@ class Engine:
     @property
     def dtype(self) -> str:
         """Name of the dtype in which it computes."""
-        return str(self.config.model_config.dtype).split(".")[-1]
+        return dtype_name(self.config.model_config.dtype)
 
     @property
     def alive(self) -> bool:
@@ -169,10 +167,8 @@ class Engine:
             yield
         except TeacherError:
             raise
-        except EngineDeadError as error:
-            raise Unavailable("the engine died; it is started again, retry later", retry_after_s=RETRY_S) from error
         except Exception as error:
-            if not self.alive:
+            if isinstance(error, EngineDeadError) or not self.alive:
                 raise Unavailable("the engine died; it is started again, retry later", retry_after_s=RETRY_S) from error
             raise TeacherFailed from error
 

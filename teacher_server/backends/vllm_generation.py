@@ -1,40 +1,23 @@
 """Completions from an engine that knows stop ids and lengths, with the budget of a think block kept around it.
 
 A budgeted completion is a chain of plain ones: up to the opening tag, up to the closing tag or the budget, and on;
-where the budget is spent the closing tokens are put in between. Knows no engine but what it is given.
+where the budget is spent the closing tokens are put in between. Knows an engine's completions, not its errors.
 Legend: P prompt tokens, R new tokens.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from protos.scores import FinishReason, Floats, Ids, Sampling
+from teacher_server.backends import randomness
 from teacher_server.backends.base import Piece
+from teacher_server.backends.rows import most_tokens, stop_ids
 from teacher_server.backends.thinking import ThinkBudget, ThinkTags
-from teacher_server.backends.vllm_engine import Tokens
-
-
-class Complete(Protocol):
-    """`Engine.complete`."""
-
-    def __call__(
-        self,
-        token_ids: Ids,
-        sampling: Sampling,
-        *,
-        stops: list[int],
-        most: int,
-        seed: int | None,
-        logprobs: bool,
-        stream: bool,
-    ) -> AsyncIterator[Tokens]: ...
-
+from teacher_server.backends.vllm_engine import Engine, Tokens
 
 ForcedLogprobs = Callable[[Ids, int], Awaitable[Floats]]
 """Log-probabilities of the tokens of int32[N] from a position on."""
@@ -52,31 +35,20 @@ class Wish:
     longest: int
     tags: ThinkTags | None
 
-    @property
-    def stops(self) -> frozenset[int]:
-        """Ids that end a completion."""
-        own = () if self.sampling.ignore_eos else self.eos
-        return frozenset(self.sampling.stop_token_ids) | frozenset(own)
-
-    @property
-    def most(self) -> int:
-        """The largest R."""
-        return max(1, min(self.sampling.max_tokens, self.longest - len(self.prompt_ids)))
-
     def seed(self, sample_index: int, segment: int) -> int | None:
         """A seed of (seed, prompt, sample, segment): prompts and samples of one call do not share their luck."""
         if self.sampling.seed is None:
             return None
-        entropy = [self.sampling.seed, zlib.crc32(self.prompt_ids.tobytes()), sample_index, segment]
+        entropy = randomness.entropy(self.sampling.seed, self.prompt_ids, sample_index, segment)
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 async def completion(
-    wish: Wish, sample_index: int, complete: Complete, forced_logprobs: ForcedLogprobs
+    wish: Wish, sample_index: int, engine: Engine, forced_logprobs: ForcedLogprobs
 ) -> AsyncIterator[Piece]:
     """The pieces of one completion: one at its end, or as they come where `wish.stream`."""
     held: list[Tokens] = []
-    async for tokens in _tokens(wish, sample_index, complete, forced_logprobs):
+    async for tokens in _tokens(wish, sample_index, engine, forced_logprobs):
         held.append(tokens)
         if wish.stream or tokens.ended:
             ids = np.concatenate([part.ids for part in held])
@@ -87,10 +59,12 @@ async def completion(
 
 
 async def _tokens(
-    wish: Wish, sample_index: int, complete: Complete, forced_logprobs: ForcedLogprobs
+    wish: Wish, sample_index: int, engine: Engine, forced_logprobs: ForcedLogprobs
 ) -> AsyncIterator[Tokens]:
     """The new tokens; `ended` is set on the last ones alone."""
-    stops, left, context, segment = wish.stops, wish.most, wish.prompt_ids, 0
+    context, segment = wish.prompt_ids, 0
+    stops = stop_ids(wish.sampling, wish.eos)
+    left = most_tokens(wish.sampling, len(context), wish.longest)
     budget = None
     if wish.tags is not None and wish.sampling.max_thinking_tokens:
         budget = ThinkBudget.after(context, wish.tags, wish.sampling.max_thinking_tokens)
@@ -101,7 +75,7 @@ async def _tokens(
             if budget.inside:
                 most = min(left, budget.budget - budget.used)
         if most:
-            parts = complete(
+            parts = engine.complete(
                 context,
                 wish.sampling,
                 stops=sorted(watched),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from teacher_server.backends.bits import to_bits
 from teacher_server.backends.vllm_wire import Answer
 
 
@@ -27,19 +28,12 @@ class Kept:
         return True
 
     def answer(self) -> Answer:
-        """The arrays, without copying."""
-        ids, numbers, states = self._tensors[:3]
-        return Answer(ids.numpy(), numbers.numpy(), _bits(states))
+        """What our scorer put into them, without copying."""
+        return Answer(*self.alternatives(), to_bits(self._tensors[2]))
 
-
-def _bits(states: Any) -> np.ndarray[Any, Any]:
-    import torch
-
-    if states.dtype in (torch.bfloat16, torch.float16):
-        bits: np.ndarray[Any, Any] = states.view(torch.int16).numpy().view(np.uint16)
-        return bits
-    array: np.ndarray[Any, Any] = states.numpy()
-    return array
+    def alternatives(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Ids and numbers, without copying; beside these the engine's own answers have ranks."""
+        return self._tensors[0].numpy(), self._tensors[1].numpy()
 
 
 def install() -> bool:
@@ -62,8 +56,7 @@ def alternatives(prompt_logprobs: Any) -> tuple[np.ndarray[Any, Any], np.ndarray
     `prompt_logprobs` is a `Kept` or vLLM's FlatLogprobs; ValueError for anything else.
     """
     if isinstance(prompt_logprobs, Kept):
-        answer = prompt_logprobs.answer()
-        return answer.ids, answer.numbers
+        return prompt_logprobs.alternatives()
     ids = getattr(prompt_logprobs, "token_ids", None)
     if ids is None or len(prompt_logprobs) < 2:
         raise ValueError(f"the engine gave {type(prompt_logprobs).__name__} where log-probabilities were expected")

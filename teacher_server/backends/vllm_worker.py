@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from teacher_server.backends import readout
+from teacher_server.backends.bits import dtype_name
 from teacher_server.backends.vllm_head import LmHead
 from teacher_server.backends.vllm_scorer import Part, PromptScorer, Result
 from teacher_server.backends.vllm_wire import Question
@@ -37,7 +38,7 @@ class TeacherWorker:
         scorer = PromptScorer(head.read, device, readout.chunk_rows(vocab_size, device))
         config: Any = self.vllm_config.model_config  # type: ignore[attr-defined]
         found |= {"head": "engine" if head.direct is None else "direct", "kernels": type(head.kernels).__name__}
-        found |= {"hidden_size": int(config.get_hidden_size()), "hidden_dtype": str(config.dtype).split(".")[-1]}
+        found |= {"hidden_size": int(config.get_hidden_size()), "hidden_dtype": dtype_name(config.dtype)}
         if hasattr(runner, "prompt_logprobs_worker"):
             runner.prompt_logprobs_worker = _RunnerV2(runner.prompt_logprobs_worker, scorer)
             _mask_padding(model, vocab_size)
