@@ -6,8 +6,6 @@ get wrong about a path or a machine ends in a UserError that says what to do.
 
 from __future__ import annotations
 
-import functools
-import types
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -132,30 +130,3 @@ def eos_ids(generation: Any, tokenizer: Any) -> tuple[int, ...]:
     if ids is None:
         ids = tokenizer.eos_token_id
     return tuple(int(i) for i in (ids if isinstance(ids, list | tuple) else [ids]) if i is not None)
-
-
-def accept_objective(model: Any) -> Any:
-    """Lets `model` compute a loss inside its own forward: forward(input_ids=..., places=..., objective=...).
-
-    Then the body alone runs, and the result is objective(hidden [N,H], head) with the hidden states at the flat
-    positions `places` int64[N] of [B*L] and the LM head module: logits of the whole batch never exist. Because this
-    happens inside forward, DDP's and FSDP's hooks run as in any training. Without `objective`, forward is what it
-    was. Returns `model`.
-    """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for scaled in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-        if getattr(causal.config, scaled, None) not in (None, 1, 1.0):
-            raise UserError(
-                f"{type(causal).__name__} changes its logits after the head ({scaled}), which is unsupported"
-            )
-    plain = causal.forward.__func__
-
-    @functools.wraps(plain)
-    def forward(self: Any, *args: Any, objective: Any = None, places: Any = None, **kwargs: Any) -> Any:
-        if objective is None:
-            return plain(self, *args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return objective(hidden.flatten(0, 1).index_select(0, places), self.get_output_embeddings())
-
-    causal.forward = types.MethodType(forward, causal)
-    return model

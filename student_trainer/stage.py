@@ -28,7 +28,8 @@ from .errors import Interrupted, UserError
 from .evaluation import Evaluator, Measurement, Student
 from .full_distribution import TeacherHead
 from .history import History
-from .models import accept_objective, eos_ids, load_student, load_tokenizer
+from .models import eos_ids, load_student, load_tokenizer
+from .objective_forward import accept_objective
 from .report import RunReport
 from .stage_loss import StageLoss
 from .stopping import Stopper

@@ -36,7 +36,7 @@ from student_trainer.distillation_trainer import DistillationTrainer, MicroBatch
 from student_trainer.evaluation import Measurement
 from student_trainer.losses import Objective, TeacherTargets
 from student_trainer.manifest import damage
-from student_trainer.models import accept_objective
+from student_trainer.objective_forward import accept_objective
 from student_trainer.stage_loss import StageLoss
 from tests.tiny_qwen3 import make
 

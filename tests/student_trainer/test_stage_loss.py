@@ -14,8 +14,9 @@ from student_trainer.batches import Padded, Row, pad
 from student_trainer.config import Config, NonPolicyDistillation, PolicyDistillation
 from student_trainer.full_distribution import TeacherHead, tensor
 from student_trainer.losses import Head
-from student_trainer.models import accept_objective, load_student, load_tokenizer
+from student_trainer.models import load_student, load_tokenizer
 from student_trainer.modes import render
+from student_trainer.objective_forward import accept_objective
 from student_trainer.stage_loss import METRICS, StageLoss
 from student_trainer.teacher_client import TeacherClient, connect
 from tests.student_trainer.conftest import STUDENT
