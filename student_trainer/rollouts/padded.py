@@ -9,7 +9,6 @@ new tokens, V logits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,21 +16,9 @@ import numpy.typing as npt
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from protos.scores import FinishReason, Floats, Ids
+from protos.scores import FinishReason, Ids
 
-
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """One sampled completion: int32[P], int32[R] (a sampled end token stays, none is added), its end.
-
-    `logprobs` float32[R] are the sampler's, in nats at the sampling temperature over the real vocabulary; None unless
-    asked for.
-    """
-
-    prompt_ids: Ids
-    completion_ids: Ids
-    finish_reason: FinishReason
-    logprobs: Floats | None = None
+from .base import Rollout
 
 
 class _Sampler(LogitsProcessor):  # type: ignore[misc]
