@@ -60,6 +60,11 @@ def pad(rows: Sequence[Row], pad_id: int) -> Padded:
     return Padded(ids, places, ids.reshape(-1)[places + 1])
 
 
+def completion_ids(rows: Sequence[Row]) -> Longs:
+    """int64[N]: the completion tokens of `rows`, one row after the other."""
+    return np.concatenate([r.ids[r.start :] for r in rows]).astype(np.int64)
+
+
 def completion_tokens(rows: Sequence[Row]) -> int:
     """N, the completion tokens of `rows`."""
     return sum(len(r.ids) - r.start for r in rows)

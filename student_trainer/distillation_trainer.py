@@ -24,11 +24,12 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from .batches import GroupedSampler, Row, completion_tokens, pad
+from .batches import GroupedSampler, Row, completion_tokens
 from .checkpoints import Layout
 from .errors import UserError
 from .evaluation import Measurement
 from .losses import Targets
+from .packing import forward_inputs
 from .saving import SavingTrainer
 from .stage_loss import METRICS, StageLoss
 from .stopping import Stopper
@@ -181,10 +182,8 @@ class DistillationTrainer(SavingTrainer):
         started = time.monotonic()
         targets = batch.targets().to(device)
         self._seconds["teacher"] += time.monotonic() - started
-        padded = pad(batch.rows, self.processing_class.pad_token_id)
         loss, sums = model(
-            input_ids=torch.from_numpy(padded.input_ids).to(device),
-            places=torch.from_numpy(padded.places).to(device),
+            **forward_inputs(self.model, batch.rows, self.processing_class.pad_token_id, device),
             objective=self.loss.on(targets, _to(batch.rollout_logprobs, device)),
         )
         self._sums = sums if self._sums is None else self._sums + sums

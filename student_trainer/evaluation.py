@@ -23,11 +23,12 @@ import torch
 from protos.scores import FinishReason, Mode, Sampling, Scores, ScoreSpec, TeacherInfo
 
 from . import distributed
-from .batches import Row, completion_tokens, pad
+from .batches import Row, completion_ids, completion_tokens
 from .config import Config
 from .data import Example
 from .full_distribution import TeacherHead
 from .modes import render
+from .packing import forward_inputs
 from .reporting import Reporter
 from .responses import Request, Response, collect, fitting
 from .rollouts import Rollout, sample_sorted
@@ -265,12 +266,11 @@ class Evaluator:
         sums, tokens = torch.zeros((len(losses), len(METRICS)), dtype=torch.float64), 0
         device = next(student.model.parameters()).device
         for rows, scores in batches:
-            padded = pad(rows, student.tokenizer.pad_token_id)
-            input_ids, places = (torch.from_numpy(a).to(device) for a in (padded.input_ids, padded.places))
+            inputs = forward_inputs(student.model, rows, student.tokenizer.pad_token_id, device)
             for i, loss in enumerate(losses):
-                targets = loss.targets(padded.targets, scores, self.temperatures).to(device)
+                targets = loss.targets(completion_ids(rows), scores, self.temperatures).to(device)
                 with torch.no_grad():
-                    _, found = student.model(input_ids=input_ids, places=places, objective=loss.on(targets))
+                    _, found = student.model(**inputs, objective=loss.on(targets))
                 sums[i] += found.double().cpu()
             tokens += completion_tokens(rows)
         parts = [(sums, tokens)] if student.sharded else distributed.gather((sums, tokens))

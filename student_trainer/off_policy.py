@@ -20,7 +20,7 @@ from typing import Any
 from protos.scores import Sampling
 
 from . import distributed
-from .batches import Row, pad
+from .batches import Row, completion_ids
 from .checkpoints import Layout, off_policy_layout
 from .distillation_trainer import MicroBatch
 from .evaluation import Student, requests_for
@@ -42,7 +42,7 @@ def distil(session: Session, student: Student) -> Outcome:
     loss = StageLoss.off_policy(options, session.info.normalized_size, session.teacher_head)
     folder = layout.root / "scores"
     store = open_store(session.client, session.info.fingerprint, loss.spec, folder, distributed.rank())
-    feed = ResponseFeed(responses, store, loss, student.tokenizer.pad_token_id, 2 * options.gradient_accumulation_steps)
+    feed = ResponseFeed(responses, store, loss, 2 * options.gradient_accumulation_steps)
     try:
         measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 1, off-policy")
     finally:
@@ -100,11 +100,10 @@ class ResponseFeed:
         responses: Sequence[Response],
         store: ScoreStore | AskedScores,
         loss: StageLoss,
-        pad_id: int,
         ahead: int,
     ) -> None:
         self.rows = [Row(r.ids, len(r.prompt_ids), f"{r.example_id} ({r.mode.value})") for r in responses]
-        self.store, self.loss, self.pad_id, self.ahead = store, loss, pad_id, ahead
+        self.store, self.loss, self.ahead = store, loss, ahead
         self._waits: dict[tuple[int, ...], Wait] = {}
 
     def __len__(self) -> int:
@@ -123,5 +122,5 @@ class ResponseFeed:
         return [self._batch([self.rows[i] for i in m], self._waits.pop(tuple(m))) for m in micro_batches]
 
     def _batch(self, rows: list[Row], wait: Wait) -> MicroBatch:
-        tokens = pad(rows, self.pad_id).targets
+        tokens = completion_ids(rows)
         return MicroBatch(rows, lambda: self.loss.targets(tokens, wait(), self.store.spec.temperatures))

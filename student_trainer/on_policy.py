@@ -20,7 +20,7 @@ import torch
 from protos.scores import Floats, Ids, Mode, Scores, ids_array
 
 from . import distributed
-from .batches import Row, pad, split_by_length
+from .batches import Row, completion_ids, split_by_length
 from .checkpoints import on_policy_layout
 from .config import Config
 from .data import Example
@@ -29,6 +29,7 @@ from .errors import UserError
 from .evaluation import Student, requests_for, rollout_row
 from .losses import Head, Targets, student_top_k
 from .modes import assign_modes
+from .packing import forward_inputs
 from .responses import Request
 from .rollouts import Rollout, sample
 from .stage import Outcome, Session, begin, train
@@ -144,7 +145,7 @@ class RolloutFeed:
 
     def _batch(self, asked: Sequence[Asked]) -> MicroBatch:
         rows = [a.row for a in asked]
-        tokens = pad(rows, self.student.tokenizer.pad_token_id).targets
+        tokens = completion_ids(rows)
         drawn = [a.logprobs for a in asked if a.logprobs is not None]
 
         def targets() -> Targets:
@@ -157,8 +158,8 @@ class RolloutFeed:
 
     def _own_top_k(self, rows: Sequence[Row]) -> Ids:
         """int32[N,K]: the student's most likely ids at each completion token, chosen without looking at the token."""
-        padded, model = pad(rows, self.student.tokenizer.pad_token_id), self.student.model
-        device = next(model.parameters()).device
+        model, pad_id = self.student.model, self.student.tokenizer.pad_token_id
+        inputs = forward_inputs(model, rows, pad_id, next(model.parameters()).device)
 
         def choose(hidden: torch.Tensor, head: Any) -> torch.Tensor:
             return student_top_k(
@@ -166,9 +167,5 @@ class RolloutFeed:
             )
 
         with torch.no_grad():
-            ids = model(
-                input_ids=torch.from_numpy(padded.input_ids).to(device),
-                places=torch.from_numpy(padded.places).to(device),
-                objective=choose,
-            )
+            ids = model(**inputs, objective=choose)
         return ids_array(ids.cpu().numpy(), 2)
