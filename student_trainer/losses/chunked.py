@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .full import FullTargets, full_chunk
 from .head import Gradients, Head, Projector, check_fit, real_size
+from .importance import ImportanceWeights, weights_for
 from .objective import Metrics, Objective, Readout, evaluate
 from .targets import TAIL_FLOOR, Buckets, TeacherTargets
 
@@ -80,12 +81,12 @@ def _chunk(
     targets: Targets,
     objective: Objective,
     weights_n: Tensor,
-    rollout_logprobs_n: Tensor | None,
+    importance: ImportanceWeights | None,
     need_grad: bool,
 ) -> tuple[Tensor, Metrics, Tensor | None]:
     """(float[n] values, metrics, float[n,V] gradient of their weighted sum by the logits, or None)."""
     if isinstance(targets, FullTargets):
-        return full_chunk(projector, rows, targets, objective, weights_n, need_grad)
+        return full_chunk(projector, rows, targets, objective, weights_n, importance, need_grad)
     temperature, ids_nK, token_n = targets.temperature, targets.ids_NK, targets.token_ids_N
     # Centred before anything else: log-probabilities then carry no rounding from the size of the logits.
     z_nV = projector.logits(rows)
@@ -116,10 +117,11 @@ def _chunk(
     token = leaves[2] if chosen_n is not None else None
     at_1 = leaves[3] if at_1_n is not None else token if temperature == 1 else None
     readout = Readout(Buckets(leaves[0], leaves[1]), token, at_1)
+    importance_n = None if importance is None or token is None else importance.of(rows, token)
     with torch.no_grad():
         within_n = (leaves[0].exp() * leaves[0]).sum(-1) + tail_n.exp() * (tail_n - torch.special.entr(q_nV).sum(-1))
     with torch.set_grad_enabled(need_grad):
-        total_n, metrics = evaluate(objective, readout, targets, -within_n, rollout_logprobs_n)
+        total_n, metrics = evaluate(objective, readout, targets, -within_n, importance_n)
         weighted = (total_n * weights_n).sum()
     if not need_grad:
         return total_n, metrics, None
@@ -142,12 +144,15 @@ def _check(
     targets: Targets,
     weights_N: Tensor | None,
     rollout_N: Tensor | None,
+    begins_N: Tensor | None,
     validate: bool,
 ) -> None:
     n = int(x.shape[0])
     if len(targets) != n:
         raise ValueError(f"the student has {n} positions, the targets have {len(targets)}")
-    for name, tensor in (("weights_N", weights_N), ("rollout_logprobs_N", rollout_N)):
+    if rollout_N is not None and targets.token_ids_N is None:
+        raise ValueError("rollout_logprobs_N needs token_ids_N, and these targets have none")
+    for name, tensor in (("weights_N", weights_N), ("rollout_logprobs_N", rollout_N), ("begins_N", begins_N)):
         if tensor is not None and list(tensor.shape) != [n]:
             raise ValueError(f"{name} must have shape [{n}], got {list(tensor.shape)}")
     if targets.device != x.device:
@@ -179,11 +184,12 @@ def _run(
     objective: Objective,
     weights_N: Tensor | None,
     rollout_N: Tensor | None,
+    begins_N: Tensor | None,
     chunk_size: int | None,
     validate: bool,
 ) -> LossOutput:
     # Whatever stands in padded logits, it is not read.
-    _check(x if head is not None else x[:, :vocab_size], vocab_size, targets, weights_N, rollout_N, validate)
+    _check(x if head is not None else x[:, :vocab_size], vocab_size, targets, weights_N, rollout_N, begins_N, validate)
     with torch.no_grad():
         projector = Projector(x, head, vocab_size)
         weights = torch.ones(len(x), device=x.device) if weights_N is None else weights_N.detach()
@@ -191,6 +197,7 @@ def _run(
         # Weights are about one over the tokens of a batch; scaled to 1 inside, so that narrow dtypes do not lose them.
         scale = weights.abs().max() if len(x) else weights.new_ones(())
         scale = torch.where(scale > 0, scale, 1.0)
+    importance = weights_for(objective, rollout_N, begins_N)
     need_grad = torch.is_grad_enabled() and any(i.requires_grad for i in projector.inputs)
     gradients = Gradients(projector) if need_grad else None
     loss, parts = weights.new_zeros(()), []
@@ -198,10 +205,9 @@ def _run(
         # No position still makes one empty chunk, so that every metric is there.
         width = (2 if isinstance(targets, FullTargets) else 1) * projector.width
         for rows in [*_chunks(len(x), width, chunk_size)] or [slice(0, 0)]:
-            rollout_n = None if rollout_N is None else rollout_N[rows].detach()
             part = targets.rows(rows.start, rows.stop)
             w_n = weights[rows] / scale
-            values_n, metrics, grad_nV = _chunk(projector, rows, part, objective, w_n, rollout_n, need_grad)
+            values_n, metrics, grad_nV = _chunk(projector, rows, part, objective, w_n, importance, need_grad)
             loss += (values_n * weights[rows]).sum()
             parts.append(metrics)
             if gradients is not None and grad_nV is not None:
@@ -220,6 +226,7 @@ def distillation_loss(
     *,
     weights_N: Tensor | None = None,
     rollout_logprobs_N: Tensor | None = None,
+    begins_N: Tensor | None = None,
     chunk_size: int | None = None,
     validate: bool = True,
 ) -> LossOutput:
@@ -228,16 +235,19 @@ def distillation_loss(
     `hidden_NH` float[N,H] are the last hidden states that predict the targets' tokens (position P - 1 + r for the
     r-th token of a completion that starts at P), in the dtype of the head unless autocast is on. `weights_N` float[N]
     (default 1) are usually the mask over the number of completion tokens in the whole global batch.
-    `rollout_logprobs_N` float[N], the sampler's own, turn on importance weights in the losses on sampled tokens.
-    `chunk_size` is in positions. `validate` checks ids, masses and finiteness of all inputs but the head, and waits
-    for the device. The result is float32 (float64 for float64). Differentiable in hidden states, head weight and
-    bias, once. No position is fine: the loss is 0 and so are the gradients. ValueError for shapes, dtypes and devices
-    that do not fit, for what `TeacherTargets.check` refuses, non-finite inputs, and targets that lack what the
+    `rollout_logprobs_N` float[N], the sampler's own, turn on importance weights: of the tokens in the losses on sampled
+    tokens, of the prefixes in divergences, which need `begins_N` bool[N], true at each sequence's first position, to
+    know them. `chunk_size` is in positions. `validate` checks ids, masses and finiteness of all inputs but the head,
+    and waits for the device. The result is float32 (float64 for float64). Differentiable in hidden states, head weight
+    and bias, once. No position is fine: the loss is 0 and so are the gradients. ValueError for shapes, dtypes and
+    devices that do not fit, for what `TeacherTargets.check` refuses, non-finite inputs, and targets that lack what the
     objective needs.
     """
     check_fit(hidden_NH, head)
     size = real_size(head.vocab_size, int(head.weight_VH.shape[0]))
-    return _run(hidden_NH, head, size, targets, objective, weights_N, rollout_logprobs_N, chunk_size, validate)
+    return _run(
+        hidden_NH, head, size, targets, objective, weights_N, rollout_logprobs_N, begins_N, chunk_size, validate
+    )
 
 
 def distillation_loss_from_logits(
@@ -248,6 +258,7 @@ def distillation_loss_from_logits(
     vocab_size: int | None = None,
     weights_N: Tensor | None = None,
     rollout_logprobs_N: Tensor | None = None,
+    begins_N: Tensor | None = None,
     chunk_size: int | None = None,
     validate: bool = True,
 ) -> LossOutput:
@@ -259,7 +270,9 @@ def distillation_loss_from_logits(
     if logits_NV.ndim != 2:
         raise ValueError(f"logits_NV must have 2 dimensions, got shape {list(logits_NV.shape)}")
     size = real_size(vocab_size, int(logits_NV.shape[1]))
-    return _run(logits_NV, None, size, targets, objective, weights_N, rollout_logprobs_N, chunk_size, validate)
+    return _run(
+        logits_NV, None, size, targets, objective, weights_N, rollout_logprobs_N, begins_N, chunk_size, validate
+    )
 
 
 @torch.no_grad()

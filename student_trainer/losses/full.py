@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .divergences import SOFT_LOSSES
 from .head import Head, Projector, real_size
+from .importance import ImportanceWeights
 from .objective import Metrics, Objective
 
 SLICE_BYTES = 2**26
@@ -131,7 +132,13 @@ def exact_logits(hidden_nW: Tensor, head: Head) -> Tensor:
 
 
 def full_chunk(
-    projector: Projector, rows: slice, targets: FullTargets, objective: Objective, weights_n: Tensor, need_grad: bool
+    projector: Projector,
+    rows: slice,
+    targets: FullTargets,
+    objective: Objective,
+    weights_n: Tensor,
+    importance: ImportanceWeights | None,
+    need_grad: bool,
 ) -> tuple[Tensor, Metrics, Tensor | None]:
     """(float[n] values, metrics, float[n,V] gradient of their weighted sum by the logits, or None), written out."""
     if objective.loss not in SOFT_LOSSES:
@@ -159,15 +166,21 @@ def full_chunk(
     ratio_nR = s_nR - t_nR
     forward_n, reverse_n = -(p_t_nR * ratio_nR).sum(-1), (p_s_nR * ratio_nR).sum(-1)
     soft_n, by_z_nR = _divergence(objective, s_nR, t_nR, p_s_nR, p_t_nR, ratio_nR, forward_n, reverse_n)
+    importance_n = None if importance is None or token_n is None else importance.of(rows, token_n)
+    if importance_n is not None:
+        soft_n = importance_n * soft_n
     scale = objective.soft_scale(temperature)
     total_n = scale * soft_n
     if hard_n is not None:
         total_n = total_n + objective.beta * hard_n
     nothing_n = torch.zeros_like(soft_n)
-    metrics = Metrics(soft_n, forward_n, reverse_n, nothing_n, nothing_n, entropy_n, hard_n, token_n).detached()
+    metrics = Metrics(
+        soft_n, forward_n, reverse_n, nothing_n, nothing_n, entropy_n, hard_n, token_n, importance_n
+    ).detached()
     if not need_grad:
         return total_n, metrics, None
-    by_z_nR *= (weights_n * (scale / temperature))[:, None]
+    soft_weights_n = weights_n if importance_n is None else weights_n * importance_n
+    by_z_nR *= (soft_weights_n * (scale / temperature))[:, None]
     if objective.beta > 0 and tokens_n is not None:
         hard_weight_n1 = (weights_n * objective.beta)[:, None]
         p_1_nR = s_nR.exp() if p_1_nR is None else p_1_nR

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .divergences import SOFT_LOSSES, forward_kl, generalized_jsd, reverse_kl
-from .sampled import SAMPLED_LOSSES, importance_weights, reverse_kl_sampled_tail
+from .sampled import SAMPLED_LOSSES, reverse_kl_sampled_tail
 from .targets import Buckets, TeacherTargets
 
 LOSSES: tuple[str, ...] = (*SOFT_LOSSES, "reverse_kl_sampled_tail", *SAMPLED_LOSSES)
@@ -36,7 +36,7 @@ class Objective:
     t_squared: bool = False
     """Multiply the soft loss by T^2, so that its gradient keeps its size as T grows (Hinton et al., 2015)."""
     importance_clip: tuple[float, float] = (0.0, 2.0)
-    """Bounds of pi_now / pi_rollout; used where a sampled-token loss is given the rollout's log-probabilities."""
+    """Bounds of an importance weight, where the loss is given the rollout's log-probabilities (see importance.py)."""
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -80,7 +80,7 @@ class Metrics:
     reverse KL are bucketed, at the loss's temperature, whatever the loss; tails are masses from 0 to 1 at that
     temperature, and a large teacher's tail says that top_k is too small. `student_entropy_N` is over the whole
     vocabulary at that temperature. `token_logprob_N` is the student's, at that temperature; `importance_weight_N` is
-    there where rollouts came with theirs.
+    there where rollouts came with theirs, and `soft_N` is weighed by it.
     """
 
     soft_N: Tensor
@@ -112,21 +112,19 @@ def evaluate(
     student: Readout,
     targets: TeacherTargets,
     student_entropy_N: Tensor,
-    rollout_logprobs_N: Tensor | None = None,
+    importance_weight_N: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """(float[N] differentiable in the readout, metrics): alpha * soft * (T^2) + beta * cross-entropy at each position.
 
-    ValueError where the loss needs tokens or their scores and the targets have none.
+    `importance_weight_N` float[N], detached, multiplies a divergence, or the sampled term of an estimator. ValueError
+    where the loss needs tokens or their scores and the targets have none.
     """
     teacher = targets.buckets()
-    weight_N: Tensor | None = None
+    w: Tensor | float = 1.0 if importance_weight_N is None else importance_weight_N
     if objective.on_sampled_token:
         student_token_N, teacher_token_N = student.token_logprob_N, targets.token_logprobs_at_temperature()
         if student_token_N is None or targets.token_ids_N is None:
             raise ValueError(f"the loss {objective.loss} needs token_ids_N, and these targets have none")
-        if rollout_logprobs_N is not None:
-            weight_N = importance_weights(student_token_N, rollout_logprobs_N, objective.importance_clip)
-        w = 1.0 if weight_N is None else weight_N
         if objective.loss == "reverse_kl_sampled_tail":
             in_support_N = (targets.ids_NK == targets.token_ids_N[:, None]).any(-1)
             soft_N = reverse_kl_sampled_tail(
@@ -135,9 +133,9 @@ def evaluate(
         else:
             soft_N = SAMPLED_LOSSES[objective.loss](student_token_N, teacher_token_N, w)
     elif objective.loss == "jsd":
-        soft_N = generalized_jsd(student.buckets, teacher, objective.jsd_beta)
+        soft_N = w * generalized_jsd(student.buckets, teacher, objective.jsd_beta)
     else:
-        soft_N = SOFT_LOSSES[objective.loss](student.buckets, teacher)
+        soft_N = w * SOFT_LOSSES[objective.loss](student.buckets, teacher)
     total_N = objective.soft_scale(targets.temperature) * soft_N
     hard_N: Tensor | None = None
     if objective.beta > 0:
@@ -155,6 +153,6 @@ def evaluate(
             student_entropy_N,
             hard_N,
             student.token_logprob_N,
-            weight_N,
+            importance_weight_N,
         ).detached()
     return total_N, metrics

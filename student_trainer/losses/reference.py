@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .divergences import SOFT_LOSSES, generalized_jsd
+from .importance import weights_for
 from .objective import Metrics, Objective, Readout, evaluate
 from .targets import TAIL_FLOOR, Buckets, TeacherTargets
 
@@ -85,6 +86,7 @@ def reference_loss(
     vocab_size: int | None = None,
     weights_N: Tensor | None = None,
     rollout_logprobs_N: Tensor | None = None,
+    begins_N: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """(scalar, metrics): what `distillation_loss` computes, on whole logits; the same arguments and errors."""
     logprobs_NV = log_softmax(logits_NV, targets.temperature, vocab_size)
@@ -94,5 +96,8 @@ def reference_loss(
         at_1_N = -cross_entropy(logits_NV, targets.token_ids_N, vocab_size)
     entropy_N = -(logprobs_NV.exp() * logprobs_NV).sum(-1)
     buckets = student_buckets(logits_NV, targets.ids_NK, targets.temperature, vocab_size)
-    total_N, metrics = evaluate(objective, Readout(buckets, token_N, at_1_N), targets, entropy_N, rollout_logprobs_N)
+    importance, weight_N = weights_for(objective, rollout_logprobs_N, begins_N), None
+    if importance is not None and token_N is not None:
+        weight_N = importance.of(slice(0, len(token_N)), token_N)
+    total_N, metrics = evaluate(objective, Readout(buckets, token_N, at_1_N), targets, entropy_N, weight_N)
     return (total_N if weights_N is None else total_N * weights_N).sum(), metrics

@@ -22,15 +22,6 @@ def _with_gradient_of(value: Tensor, surrogate: Tensor) -> Tensor:
     return value.detach() + (surrogate - surrogate.detach())
 
 
-def importance_weights(now_N: Tensor, rollout_N: Tensor, clip: tuple[float, float] = (0.0, 2.0)) -> Tensor:
-    """float[N], detached: pi_now(y) / pi_rollout(y) clipped to [low, high], from log-probabilities in nats.
-
-    `now_N` at the loss's temperature, `rollout_N` as the sampler drew (its own temperature). Above `high` the
-    estimate is biased and its variance bounded (truncated importance sampling, Ionides 2008).
-    """
-    return (now_N.detach() - rollout_N).exp().clamp(*clip)
-
-
 def policy_gradient(student_token_N: Tensor, teacher_token_N: Tensor, weight_N: Tensor | float = 1.0) -> Tensor:
     """float[N]: REINFORCE with the detached advantage rho; the value is -rho, an unbiased estimate of the reverse KL.
 

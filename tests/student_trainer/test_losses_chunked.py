@@ -84,7 +84,10 @@ def test_chunks_of_any_size_give_the_references_values_metrics_and_gradients(obj
     shift = shift if bias else None
     targets = said_by(random(N, R, seed=4), k, temperature)
     weights = random(N, seed=5).abs() * (torch.arange(N) % 4 > 0)
-    rollout = random(N, seed=6) - 3 if objective.on_sampled_token and bias else None
+    rollout = random(N, seed=6) - 3 if bias else None
+    begins = torch.arange(N) % 5 == 0 if bias and not objective.on_sampled_token else None
+
+    options = {"weights_N": weights, "rollout_logprobs_N": rollout, "begins_N": begins}
 
     def run(loss: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, object]]) -> tuple[list[Tensor], object]:
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, shift) if x is not None]
@@ -94,14 +97,13 @@ def test_chunks_of_any_size_give_the_references_values_metrics_and_gradients(obj
 
     def whole(h: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, object]:
         z = h @ w.T if b is None else h @ w.T + b
-        options = {"vocab_size": R, "weights_N": weights, "rollout_logprobs_N": rollout}
-        return reference_loss(z, targets, objective, **options)
+        return reference_loss(z, targets, objective, vocab_size=R, **options)
 
     want, want_metrics = run(whole)
     for chunk_size in (1, 4, N, None):
         found, metrics = run(
             lambda h, w, b, c=chunk_size: distillation_loss(
-                h, Head(w, b, R), targets, objective, weights_N=weights, rollout_logprobs_N=rollout, chunk_size=c
+                h, Head(w, b, R), targets, objective, chunk_size=c, **options
             )
         )
         assert len(found) == len(want) == 3 + bias
