@@ -60,6 +60,32 @@ def pad(rows: Sequence[Row], pad_id: int) -> Padded:
     return Padded(ids, places, ids.reshape(-1)[places + 1])
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A micro-batch as one row of L tokens, in which one sequence stands after the other.
+
+    `input_ids` int64[L], `positions` int64[L] of each token in its own sequence, `lengths` of the sequences; `places`
+    and `targets` as in Padded, with places in 0..L-1.
+    """
+
+    input_ids: Longs
+    positions: Longs
+    places: Longs
+    targets: Longs
+    lengths: tuple[int, ...]
+
+
+def pack(rows: Sequence[Row]) -> Packed:
+    """The micro-batch of `rows`, in their order, without padding."""
+    lengths = np.fromiter((len(r.ids) for r in rows), np.int64, len(rows))
+    starts = np.fromiter((r.start for r in rows), np.int64, len(rows))
+    ids = np.concatenate([r.ids for r in rows]).astype(np.int64)
+    positions = np.arange(len(ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    predicting = (positions >= np.repeat(starts, lengths) - 1) & (positions < np.repeat(lengths, lengths) - 1)
+    places = np.flatnonzero(predicting)
+    return Packed(ids, positions, places, ids[places + 1], tuple(lengths.tolist()))
+
+
 def completion_ids(rows: Sequence[Row]) -> Longs:
     """int64[N]: the completion tokens of `rows`, one row after the other."""
     return np.concatenate([r.ids[r.start :] for r in rows]).astype(np.int64)

@@ -12,6 +12,13 @@ from typing import Any
 from .errors import UserError
 
 
+def causal_model(model: Any) -> Any:
+    """The language model itself, inside whatever wraps it: processes, adapters."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def accept_objective(model: Any) -> Any:
     """Lets `model` compute a loss inside its own forward: forward(input_ids=..., places=..., objective=...).
 
@@ -20,7 +27,7 @@ def accept_objective(model: Any) -> Any:
     happens inside forward, DDP's and FSDP's hooks run as in any training. Without `objective`, forward is what it
     was. Returns `model`.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    causal = causal_model(model)
     for scaled in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(causal.config, scaled, None) not in (None, 1, 1.0):
             raise UserError(
