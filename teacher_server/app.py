@@ -145,7 +145,7 @@ class App:
 
     async def _serve(self, engine: Supervised) -> None:
         self.service.attach(engine)
-        await self._grpc.set_serving(await engine.healthy())
+        self._grpc.set_serving(await engine.healthy())
         log.info("ready: gRPC %s  HTTP %s", self.grpc_address, self.http_address)
         with self._ready_file():
             report = asyncio.create_task(self._report_health(engine))
@@ -153,8 +153,8 @@ class App:
             report.cancel()
             if engine.gave_up:
                 log.error("%s", engine.gave_up)
+            self._grpc.set_serving(False)
             self.service.drain()
-            await self._grpc.set_serving(False)
             log.info("draining %d calls for at most %g s", self.service.open_calls, self._config.grace_s)
             await self._drain()
 
@@ -185,7 +185,7 @@ class App:
             await self._changed.wait()
             self._changed.clear()
             self.service.measure()
-            await self._grpc.set_serving(await engine.healthy())
+            self._grpc.set_serving(await engine.healthy())
 
     @contextlib.contextmanager
     def _ready_file(self) -> Iterator[None]:

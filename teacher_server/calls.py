@@ -111,7 +111,7 @@ class Calls:
         except TeacherError as error:
             outcome = error.reason
             log.info(
-                "%s of %s refused or failed: %s (request %s)", method, caller.name, error.message, caller.request_id
+                "%s of %s refused or failed: %s (request %s)", method, caller.shown, error.message, caller.request_id
             )
             raise
         except (asyncio.CancelledError, GeneratorExit):
@@ -119,7 +119,7 @@ class Calls:
             raise
         except Exception as error:
             outcome = TeacherFailed().reason
-            log.exception("%s of %s failed (request %s)", method, caller.name, caller.request_id)
+            log.exception("%s of %s failed (request %s)", method, caller.shown, caller.request_id)
             raise TeacherFailed from error
         finally:
             self._open.discard(call)
@@ -129,4 +129,4 @@ class Calls:
             self._metrics.in_flight.labels(method).dec()
             self._metrics.requests.labels(method, caller.transport, outcome).inc()
             self._metrics.request_seconds.labels(method).observe(seconds)
-            log.debug("%s of %s: %s in %.3f s (request %s)", method, caller.name, outcome, seconds, caller.request_id)
+            log.debug("%s of %s: %s in %.3f s (request %s)", method, caller.shown, outcome, seconds, caller.request_id)

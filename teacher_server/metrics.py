@@ -22,6 +22,12 @@ class Metrics:
             ["method", "transport", "outcome"],
             registry=registry,
         )
+        self.refused = Counter(
+            "teacher_refused",
+            "Calls and connections refused before they were read, by transport and reason.",
+            ["transport", "reason"],
+            registry=registry,
+        )
         self.in_flight = Gauge("teacher_in_flight", "Calls in progress, by method.", ["method"], registry=registry)
         self.scored_tokens = Counter(
             "teacher_scored_tokens", "Tokens of sequences that the engine scored.", registry=registry

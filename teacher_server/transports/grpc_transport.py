@@ -6,27 +6,26 @@ rich status. It knows no engine and decides nothing about a request.
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from grpc_status import rpc_status
 
 from protos import codec
 from protos.errors import TeacherError
 from protos.teacher.v1 import teacher_pb2_grpc
 from teacher_server.auth import Authenticator, Caller
 from teacher_server.service import TeacherService
+from teacher_server.transports.grpc_gate import Context, Gate, abort, address, headers_of
+from teacher_server.transports.grpc_health import HealthServicer
 
 SERVICE = "teacher.v1.TeacherService"
+HEALTH = "grpc.health.v1.Health"
 SERVICES = ("", SERVICE)
 """Names under which health is reported; the empty one is the whole server."""
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
@@ -38,9 +37,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self._max_request_bytes = max_request_bytes
 
     def _caller(self, context: Context) -> Caller:
-        headers = {str(key).lower(): str(value) for key, value in context.invocation_metadata() or ()}
-        name = self._authenticator.identify(headers, _address(context.peer()))
-        return Caller(name, "grpc", context.time_remaining())
+        client = self._authenticator.identify(headers_of(context.invocation_metadata()), address(context.peer()))
+        return Caller(client.name, "grpc", context.time_remaining(), label=client.label, weight=client.weight)
 
     async def GetTeacher(self, request: Any, context: Context) -> Any:
         """See TeacherService.GetTeacher."""
@@ -48,7 +46,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             self._caller(context)
             return codec.encode_teacher(self._service.teacher())
         except TeacherError as error:
-            await _abort(context, error)
+            await abort(context, error)
 
     async def Score(self, request_iterator: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """See TeacherService.Score."""
@@ -65,7 +63,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                     for response in codec.encode_scores(index, scores):
                         yield response
         except TeacherError as error:
-            await _abort(context, error, caller)
+            await abort(context, error, caller)
 
     async def Generate(self, request: Any, context: Context) -> AsyncIterator[Any]:
         """See TeacherService.Generate."""
@@ -78,7 +76,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                 async for deltas in results:
                     yield codec.encode_deltas(deltas)
         except TeacherError as error:
-            await _abort(context, error, caller)
+            await abort(context, error, caller)
 
     async def GetHead(self, request: Any, context: Context) -> AsyncIterator[Any]:
         """See TeacherService.GetHead."""
@@ -89,22 +87,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                 async for part in parts:
                     yield codec.encode_head(part)
         except TeacherError as error:
-            await _abort(context, error, caller)
-
-
-async def _abort(context: Context, error: TeacherError, caller: Caller | None = None) -> None:
-    """Ends the call with the error's status, its details, and the call's id in the trailing metadata."""
-    status = rpc_status.to_status(codec.encode_error(error))
-    trailing = tuple(status.trailing_metadata)
-    if caller is not None:
-        trailing += (("x-request-id", caller.request_id),)
-    await context.abort(status.code, status.details, trailing)
-
-
-def _address(peer: str) -> str:
-    """The address of grpc's `ipv4:127.0.0.1:50000`, `ipv6:%5B::1%5D:50000` or `unix:path`, without a port."""
-    match = re.fullmatch(r"ipv[46]:(?:%5B|\[)?(.*?)(?:%5D|\])?:\d+", peer)
-    return match[1] if match else peer
+            await abort(context, error, caller)
 
 
 class GrpcTransport:
@@ -124,18 +107,18 @@ class GrpcTransport:
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail instead of sharing it
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-            ]
+            ],
+            interceptors=[Gate(authenticator, service.metrics)],
         )
         servicer = TeacherServicer(service, authenticator, max_request_bytes)
         teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, self._server)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer(SERVICES)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((SERVICE, HEALTH, reflection.SERVICE_NAME), self._server)
 
     async def start(self, host: str, port: int) -> int:
         """Binds and serves; returns the port. OSError where the port is taken or the address is not this machine's."""
         literal = f"[{host}]" if ":" in host else host
-        await self.set_serving(False)
         try:
             bound = self._server.add_insecure_port(f"{literal}:{port}")
         except RuntimeError as error:
@@ -143,11 +126,9 @@ class GrpcTransport:
         await self._server.start()
         return int(bound)
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """Reports health to grpc.health.v1, and to those who watch it."""
-        status = health_pb2.HealthCheckResponse
-        for name in SERVICES:
-            await self._health.set(name, status.SERVING if serving else status.NOT_SERVING)
+        self._health.set(serving)
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets those in progress end for `grace_s` seconds, then cancels them."""

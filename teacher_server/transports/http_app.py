@@ -5,8 +5,6 @@ It knows no message and no engine.
 
 from __future__ import annotations
 
-import logging
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -16,49 +14,13 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protos.errors import InvalidRequest, TeacherError, TeacherFailed
+from protos.errors import InvalidRequest, TeacherError
 from teacher_server.auth import TrustingAuthenticator
 from teacher_server.metrics import Metrics
 from teacher_server.service import ServiceSettings, TeacherService
 from teacher_server.transports import docs_page, http_transport, openai_api, openai_schemas, problems, schemas
-
-log = logging.getLogger(__name__)
-
-
-class RequestIds:
-    """Gives every request an id, in its state and in the answer's X-Request-Id; answers what no handler caught."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        request_id = str(uuid.uuid4())
-        scope.setdefault("state", {})["request_id"] = request_id
-        begun = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal begun
-            if message["type"] == "http.response.start":
-                begun = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_with_id)
-        except ClientDisconnect:
-            log.debug("the client left request %s", request_id)
-        except Exception:
-            log.exception("%s %s failed (request %s)", scope["method"], scope["path"], request_id)
-            if begun:
-                raise
-            await problems.respond(problems.problem(TeacherFailed(), request_id))(scope, receive, send_with_id)
+from teacher_server.transports.http_gate import Gate, RequestIds
 
 
 def create_app(http: http_transport.Http) -> FastAPI:
@@ -68,6 +30,7 @@ def create_app(http: http_transport.Http) -> FastAPI:
         description="Scores and completions of one teacher model. Errors are RFC 9457 problem details.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.include_router(http_transport.make_router(http))
     app.include_router(openai_api.make_router(http))
@@ -80,6 +43,7 @@ def create_app(http: http_transport.Http) -> FastAPI:
     async def docs() -> HTMLResponse:
         return HTMLResponse(docs_page.render(app.openapi()))
 
+    app.add_middleware(Gate, authenticator=http.authenticator, metrics=http.service.metrics)
     app.add_middleware(RequestIds)
     return app
 
@@ -118,9 +82,7 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 def _respond(request: Request, body: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    if request.url.path in openai_api.PATHS:
-        body = problems.with_openai_error(body)
-    return problems.respond(body, headers)
+    return problems.respond(problems.of_path(request.url.path, body), headers)
 
 
 def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from protos import codec
 from protos.errors import InvalidRequest, Unavailable, Unsupported
 from protos.scores import Completion, CompletionDelta, Field, ScoreRequest, Scores
-from teacher_server.auth import Authenticator, Caller
+from teacher_server.auth import Authenticator, Caller, Client
 from teacher_server.calls import RETRY_S
 from teacher_server.service import TeacherService
 from teacher_server.transports import problems, schemas
@@ -77,8 +77,7 @@ class Http:
 
     def caller(self, request: Request, transport: str = "http") -> Caller:
         """Who calls, until when; InvalidRequest for a deadline that is no number."""
-        peer = request.client.host if request.client else ""
-        name = self.authenticator.identify(dict(request.headers), peer)
+        client: Client = request.state.client
         timeout = request.headers.get(TIMEOUT_HEADER)
         try:
             seconds = None if timeout is None else float(timeout)
@@ -86,7 +85,7 @@ class Http:
             seconds = -1.0
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number of seconds, got {timeout!r}")
-        return Caller(name, transport, seconds, request.state.request_id)
+        return Caller(client.name, transport, seconds, request.state.request_id, client.label, client.weight)
 
     async def body(self, request: Request) -> bytes:
         """The body within the limit."""

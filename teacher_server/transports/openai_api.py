@@ -17,8 +17,6 @@ from teacher_server.transports.http_transport import SSE, Http, event, json_body
 from teacher_server.transports.openai_calls import OpenAiCall, Wish, chat_wish, completion_wish
 from teacher_server.transports.openai_schemas import ChatBody, CompletionBody, OpenAiBody
 
-PATHS = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions"})
-
 
 def make_router(http: Http) -> APIRouter:
     """The routes."""

@@ -18,6 +18,8 @@ from starlette.responses import Response
 from protos.errors import DOMAIN, InvalidRequest, TeacherError, reason_of
 
 MEDIA_TYPE = "application/problem+json"
+OPENAI_PATHS = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions"})
+"""Routes whose callers look for OpenAI's `error` member."""
 
 
 def problem(error: TeacherError, request_id: str) -> dict[str, Any]:
@@ -50,6 +52,11 @@ def respond(body: dict[str, Any], headers: dict[str, str] | None = None) -> Resp
     if body["status"] == HTTPStatus.UNAUTHORIZED:
         headers.setdefault("www-authenticate", "Bearer")
     return Response(json.dumps(body), body["status"], headers, MEDIA_TYPE)
+
+
+def of_path(path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The problem as a route's callers expect it."""
+    return with_openai_error(body) if path in OPENAI_PATHS else body
 
 
 def with_openai_error(body: dict[str, Any]) -> dict[str, Any]:

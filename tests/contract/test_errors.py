@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,11 @@ from protos.scores import (
     Sequence,
     TeacherInfo,
 )
+from teacher_server.auth import Permission
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.theoretical_backend import Behaviour, TheoreticalBackend
+from teacher_server.key_watch import KeyAuthenticator
+from teacher_server.keys import make_key, write
 from tests.contract.wires import WIRES, HttpWire, Wire
 from tests.servers import Server, serving, theory, wait_for
 
@@ -355,24 +359,19 @@ def test_a_crashed_engine_is_unavailable(make_wire: Callable[..., Wire]) -> None
         )
 
 
-class Refusing:
-    """An authenticator as a later one may be."""
-
-    def identify(self, headers: Mapping[str, str], peer: str) -> str:
-        """Knows nobody, or forbids."""
-        if headers.get("x-client") == "known":
-            raise errors.PermissionDenied("the client known may not use this teacher")
-        raise errors.Unauthenticated("no key; give one")
-
-
-def test_an_unknown_and_a_forbidden_client_are_refused(make_wire: Callable[..., Wire]) -> None:
-    with serving(theory(), Refusing()) as server:
-        wire = make_wire(server)
-        for call in (wire.teacher, lambda: wire.score(ScoreRequest((GOOD,)))):
-            expect(wire, call, errors.Unauthenticated, "no key")
-        wire = make_wire(server, client="known")
+def test_an_unknown_and_a_forbidden_client_are_refused(make_wire: Callable[..., Wire], tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    key, stored = make_key("scorer", may=[Permission.SCORE])
+    write(file, [stored])
+    with serving(theory(), KeyAuthenticator(file)) as server:
+        for other in ("", "nonsense", make_key("scorer")[0]):
+            wire = make_wire(server, key=other)
+            for call in (wire.teacher, lambda wire=wire: wire.score(ScoreRequest((GOOD,)))):
+                expect(wire, call, errors.Unauthenticated, "key")
+        wire = make_wire(server, key=key)
+        assert wire.score(ScoreRequest((GOOD,)))
         request = GenerateRequest((PROMPT,), SAMPLING)
-        expect(wire, lambda: wire.generate(request), errors.PermissionDenied, "may not use")
+        expect(wire, lambda: wire.generate(request), errors.PermissionDenied, "scorer allows score, and this needs gen")
 
 
 def test_every_class_of_the_table_is_provoked_here() -> None:

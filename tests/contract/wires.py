@@ -47,12 +47,15 @@ class GrpcWire:
 
     name = "grpc"
 
-    def __init__(self, grpc_address: str, http_address: str, client: str = "", timeout: float | None = 60) -> None:
+    def __init__(
+        self, grpc_address: str, http_address: str, client: str = "", timeout: float | None = 60, key: str = ""
+    ) -> None:
         self._channel = grpc.insecure_channel(grpc_address)
         self._stub = teacher_pb2_grpc.TeacherServiceStub(self._channel)
         self._options: dict[str, Any] = {"timeout": timeout}
-        if client:
-            self._options["metadata"] = (("x-client", client),)
+        metadata = [("x-client", client)] * bool(client) + [("authorization", f"Bearer {key}")] * bool(key)
+        if metadata:
+            self._options["metadata"] = metadata
         self.messages = 0
         self.raw: Raw | None = None
 
@@ -115,8 +118,12 @@ class HttpWire:
 
     name = "http"
 
-    def __init__(self, grpc_address: str, http_address: str, client: str = "", timeout: float | None = 60) -> None:
+    def __init__(
+        self, grpc_address: str, http_address: str, client: str = "", timeout: float | None = 60, key: str = ""
+    ) -> None:
         headers = {"x-client": client} if client else {}
+        if key:
+            headers["authorization"] = f"Bearer {key}"
         if timeout is not None:
             headers["x-timeout-s"] = str(timeout)
         self._client = httpx.Client(base_url=http_address, headers=headers, timeout=60)
