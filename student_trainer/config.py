@@ -126,6 +126,10 @@ class Training(Section):
         "warmup_stable_decay",
     ] = "cosine"
     """Course of the learning rate after the warm-up."""
+    packing: Literal["auto", True, False] = "auto"
+    """Put the sequences of a forward pass into one row without padding, each of them attending to itself alone. auto
+    does so where the student's attention can (sdpa, FlashAttention) and else pads rows of similar length; true refuses
+    to start where it cannot, false always pads."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     resume: bool | str = False

@@ -19,7 +19,7 @@ from transformers import TrainingArguments
 
 from protos.scores import TeacherInfo
 
-from . import distributed, reporting
+from . import distributed, packing, reporting
 from .checkpoints import Layout, prepare, read_about
 from .config import Config, NonPolicyDistillation, PolicyDistillation
 from .data import Example
@@ -71,7 +71,7 @@ def training_device() -> torch.device:
 
 def open_student(config: Config, source: str | Path, vocab_size: int) -> Student:
     """The student of `source`, ready to train, on this process's device."""
-    model = accept_objective(load_student(config, source))
+    model = packing.set_up(accept_objective(load_student(config, source)), config.training.packing)
     tokenizer = load_tokenizer(config, source)
     model.to(training_device())
     return Student(model, tokenizer, vocab_size, eos_ids(model.generation_config, tokenizer))
