@@ -16,18 +16,20 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from protos.scores import Ids
+from protos.scores import Ids, Mode
 from protos.scores import Sequence as Tokens
 
 Longs = npt.NDArray[np.int64]
 
 
 class Row(NamedTuple):
-    """One sequence to learn from: int32[P+R], P, and a name for messages."""
+    """One sequence to learn from: int32[P+R], P, a name for messages, and what chooses its teacher."""
 
     ids: Ids
     start: int
     name: str = ""
+    mode: Mode | None = None
+    domain: str | None = None
 
     def tokens(self, candidate_ids: Ids | None = None) -> Tokens:
         """As the teacher scores it: from position P on."""

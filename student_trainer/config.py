@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -80,6 +80,9 @@ class Data(Section):
     """Use only the first examples of data_path, before validation is set apart; null uses all."""
     system_prompt: str | None = None
     """System message put before every conversation that has none."""
+    domain_column: str = "domain"
+    """Key of a row whose text names its domain. It may choose the teacher (teacher.routes); where there are several,
+    accuracy and divergences are also given for each. Rows without it have no domain."""
 
 
 class Training(Section):
@@ -264,14 +267,43 @@ class Evaluation(Section):
     """Epochs between two measurements; 0 measures only at the beginning and the end of each stage."""
 
 
-class Teacher(Section):
-    """Where the teacher is, and how it is called."""
+def _addresses(value: str | list[str] | None) -> str | list[str] | None:
+    if value is not None and (not value or not all([value] if isinstance(value, str) else value)):
+        raise ValueError("an address is empty; use host:port, a list of these, or null for the embedded teacher")
+    return value
 
-    endpoint: str | list[str] | None = None
-    """Address of a teacher server: host:port or grpc://host:port for gRPC, http://host:port for HTTP, a list for
-    replicas of one teacher; null starts models.teacher_model as a process of this run."""
+
+class TeacherRoute(Section):
+    """A teacher for some of the examples."""
+
+    endpoint: Annotated[str | list[str], AfterValidator(_addresses)]
+    """Address of its server, or a list for replicas of it, as teacher.endpoint."""
+    mode: Literal["thinking", "non_thinking"] | None = None
+    """The mode that it is for; null is either."""
+    domain: str | None = None
+    """The domain that it is for, as data.domain_column has it; null is any."""
     fingerprint: str | None = None
-    """Fingerprint that the teacher must have; null takes whichever answers first and stays with it."""
+    """Fingerprint that it must have; null takes whichever answers first and stays with it."""
+
+    @model_validator(mode="after")
+    def _some_scope(self) -> TeacherRoute:
+        if self.mode is None and self.domain is None:
+            raise ValueError("a route needs a mode, a domain or both; the teacher of all others is teacher.endpoint")
+        return self
+
+
+class Teacher(Section):
+    """Where the teachers are, and how they are called."""
+
+    endpoint: Annotated[str | list[str] | None, AfterValidator(_addresses)] = None
+    """Address of a teacher server: host:port or grpc://host:port for gRPC, http://host:port for HTTP, a list for
+    replicas of one teacher; null starts models.teacher_model as a process of this run, unless there are routes."""
+    routes: list[TeacherRoute] = Field(default_factory=list)
+    """Further teachers, for a mode, a domain or both of them: a list of {endpoint, mode, domain, fingerprint}. The most
+    specific route wins: domain and mode, then domain, then mode, then teacher.endpoint for whatever has no route. All
+    share the student's tokenizer. A run with several teachers needs distribution top_k."""
+    fingerprint: str | None = None
+    """Fingerprint that the teacher of `endpoint` must have; null takes whichever answers first and stays with it."""
     timeout_s: Annotated[float, Field(gt=0)] = 600
     """Seconds after which one call is given up."""
     patience_s: Annotated[float, Field(ge=0)] = 1800
@@ -284,12 +316,17 @@ class Teacher(Section):
     server_args: list[str] = Field(default_factory=list)
     """Further command-line arguments of the server that the trainer starts itself."""
 
-    @field_validator("endpoint")
-    @classmethod
-    def _addresses(cls, value: str | list[str] | None) -> str | list[str] | None:
-        if value is not None and (not value or not all([value] if isinstance(value, str) else value)):
-            raise ValueError("an address is empty; use host:port, a list of these, or null for the embedded teacher")
-        return value
+    @model_validator(mode="after")
+    def _one_route_for_each(self) -> Teacher:
+        seen: set[tuple[str | None, str | None]] = set()
+        for route in self.routes:
+            if (route.mode, route.domain) in seen:
+                raise ValueError(
+                    f"two routes are for mode {route.mode or 'any'} and domain {route.domain or 'any'}; keep one of "
+                    "them, or give it both addresses as replicas: endpoint [a, b]"
+                )
+            seen.add((route.mode, route.domain))
+        return self
 
 
 class Config(Section):
@@ -308,7 +345,7 @@ class Config(Section):
     evaluation: Evaluation = Evaluation()
     """How models are measured."""
     teacher: Teacher = Teacher()
-    """Where the teacher is, and how it is called."""
+    """Where the teachers are, and how they are called."""
 
     def wants_full(self, stage: str) -> bool:
         """Whether a stage of `stage` (all, non_policy, policy or test) trains on the teacher's whole distribution."""

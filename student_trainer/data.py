@@ -1,7 +1,8 @@
 """Examples: from JSON, JSON lines and Parquet files to conversations, with a part set apart for validation.
 
-A row is either `instruction`, `input` and `output`, or chat `messages`; other keys are ignored. It knows no tokenizer
-and no mode. Everything that a file can have wrong ends in a UserError that names the file and the row.
+A row is either `instruction`, `input` and `output`, or chat `messages`, and may name its domain; other keys are
+ignored. It knows no tokenizer. Everything that a file can have wrong ends in a UserError that names the file and the
+row.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protos.scores import Message
+from protos.scores import Message, Mode
 from student_trainer.config import Data
 from student_trainer.errors import UserError
 
 log = logging.getLogger(__name__)
 
 ROLES = ("system", "user", "assistant", "tool")
+MODES = tuple(mode.value for mode in Mode)
 SHAPE = "a row has instruction, input and output, or messages"
 
 
@@ -35,6 +37,8 @@ class Example:
     id: str
     messages: tuple[Message, ...]
     expected: str | None = None
+    domain: str | None = None
+    """What the record's domain column says: it may choose the teacher, and is measured by itself."""
 
 
 def load_examples(data: Data, seed: int) -> tuple[list[Example], list[Example]]:
@@ -44,9 +48,9 @@ def load_examples(data: Data, seed: int) -> tuple[list[Example], list[Example]]:
     is the same in both stages and on every machine, and never empty where val_ratio is above 0 and there are two
     examples. Exact duplicates count once, so that none is in both parts.
     """
-    examples = read_examples(Path(data.data_path), data.system_prompt)[: data.max_examples]
+    examples = read_examples(Path(data.data_path), data.system_prompt, data.domain_column)[: data.max_examples]
     if data.val_path is not None:
-        validation = read_examples(Path(data.val_path), data.system_prompt)
+        validation = read_examples(Path(data.val_path), data.system_prompt, data.domain_column)
         seen = {e.id for e in validation}
         train = [e for e in examples if e.id not in seen]
         if len(train) < len(examples):
@@ -63,10 +67,10 @@ def load_examples(data: Data, seed: int) -> tuple[list[Example], list[Example]]:
     return [e for e in examples if e.id not in chosen], [e for e in examples if e.id in chosen]
 
 
-def read_examples(path: Path, system_prompt: str | None = None) -> list[Example]:
-    """The usable examples of one file, in its order; UserError where there are none."""
+def read_examples(path: Path, system_prompt: str | None = None, domain_column: str = "domain") -> list[Example]:
+    """The usable examples of one file, in its order; UserError where there are none. A blank domain is none."""
     examples: dict[str, Example] = {}
-    rows = blank = 0
+    rows = blank = strayed = 0
     for where, row in _read_rows(path):
         rows += 1
         messages, expected = _conversation(where, row)
@@ -75,14 +79,16 @@ def read_examples(path: Path, system_prompt: str | None = None) -> list[Example]
             continue
         if system_prompt and messages[0].role != "system":
             messages = (Message("system", system_prompt), *messages)
-        example = Example(_identity(messages, expected), messages, expected)
-        examples.setdefault(example.id, example)
+        example = Example(_identity(messages, expected), messages, expected, _domain(where, row, domain_column))
+        strayed += examples.setdefault(example.id, example).domain != example.domain
     if not examples:
         what = f"no usable rows: all {rows} are blank" if rows else "no rows"
         raise UserError(what, str(path), SHAPE)
     if blank or rows - blank > len(examples):
         repeated = rows - blank - len(examples)
         log.warning("%s: %d rows, left out %d blank and %d repeated ones", path, rows, blank, repeated)
+    if strayed:
+        log.warning("%s: %d of the repeated rows name another domain; the first one counts", path, strayed)
     return list(examples.values())
 
 
@@ -172,6 +178,13 @@ def _text(where: str, row: dict[str, Any], key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise UserError(f"{key} is {_kind(value)}, not text", where, "write it between quotes")
     return value
+
+
+def _domain(where: str, row: dict[str, Any], column: str) -> str | None:
+    domain = _text(where, row, column)
+    if domain in MODES:
+        raise UserError(f"{column} is {domain}, which is the name of a mode", where, "give the domain another name")
+    return domain if domain and domain.strip() else None
 
 
 def _chat(where: str, messages: Any) -> tuple[tuple[Message, ...], str | None]:

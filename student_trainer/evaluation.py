@@ -20,21 +20,21 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from protos.scores import FinishReason, Mode, Sampling, Scores, ScoreSpec, TeacherInfo
+from protos.scores import FinishReason, Ids, Mode, Sampling, Scores, ScoreSpec
 
 from . import distributed
 from .batches import Row, completion_ids, completion_tokens
 from .config import Config
 from .data import Example
-from .full_distribution import TeacherHead
 from .modes import render
 from .packing import forward_inputs
 from .reporting import Reporter
 from .responses import Request, Response, collect, fitting
 from .rollouts import Rollout, sample_sorted
-from .score_store import AskedScores, ScoreStore, Wait, open_store
+from .row_scores import RowScores
+from .score_store import Wait
 from .stage_loss import METRICS, StageLoss
-from .teacher_client import TeacherClient
+from .teachers import Teachers
 from .verifiers import Verifier
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,9 @@ class Student:
 def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_length: int) -> list[Request]:
     """What to ask for each example in its mode; prompts that leave no room for an answer are left out, with a line."""
     rendered = [(e, mode, render(tokenizer, e.messages, mode)) for e, mode in pairs]
-    kept = [Request(e.id, e.messages, mode, ids, e.expected) for e, mode, ids in rendered if len(ids) < max_length]
+    kept = [
+        Request(e.id, e.messages, mode, ids, e.expected, e.domain) for e, mode, ids in rendered if len(ids) < max_length
+    ]
     if len(kept) < len(rendered):
         left = len(rendered) - len(kept)
         log.warning(
@@ -87,7 +89,7 @@ def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_leng
 
 def example_of(request: Request) -> Example:
     """The example that a request came from, as verifiers want it."""
-    return Example(request.example_id, request.messages, request.expected)
+    return Example(request.example_id, request.messages, request.expected, request.domain)
 
 
 Answer = tuple[Request, str, int, bool]
@@ -115,41 +117,38 @@ class Evaluator:
     def __init__(
         self,
         config: Config,
-        client: TeacherClient,
-        info: TeacherInfo,
+        teachers: Teachers,
         tokenizer: Any,
         validation: Sequence[Example],
         verifier: Verifier | None,
         reporter: Reporter,
-        teacher_head: TeacherHead | None = None,
     ) -> None:
-        self.config, self.client, self.info, self.verifier, self.reporter = config, client, info, verifier, reporter
+        self.config, self.teachers, self.verifier, self.reporter = config, teachers, verifier, reporter
         self.max_length = config.data.max_length
         options = config.evaluation
-        pairs = [(e, mode) for e in validation[: options.problems] for mode in info.modes or tuple(Mode)]
+        pairs = [(e, mode) for e in validation[: options.problems] for mode in teachers.modes_of(e.domain)]
         self.requests = requests_for(tokenizer, pairs, self.max_length)
         sampling = Sampling(options.max_new_tokens, options.temperature, seed=config.training.seed)
-        name = hashlib.blake2b(f"{info.fingerprint} {sampling}".encode(), digest_size=6).hexdigest()
+        name = hashlib.blake2b(f"{teachers.identity} {sampling}".encode(), digest_size=6).hexdigest()
         folder = Path(config.training.output_dir) / "evaluation" / name
         started = time.monotonic()
         self.answers = distributed.on_main(lambda: self._ask(sampling, folder)) if self.requests else []
         self.teacher_seconds = time.monotonic() - started
         first, second = config.non_policy_distillation, config.policy_distillation
-        self.plain = StageLoss.plain(info.normalized_size, max(first.top_k, second.top_k), teacher_head)
+        self.plain = StageLoss.plain(teachers.normalized_size, max(first.top_k, second.top_k), teachers.head)
         self.temperatures = tuple(sorted({1.0, first.temperature, second.temperature}))
-        spec = self.plain.spec if teacher_head else ScoreSpec(self.plain.top_k, self.temperatures)
-        self.store = open_store(client, info.fingerprint, spec, folder / "scores", distributed.rank())
+        spec = self.plain.spec if teachers.head else ScoreSpec(self.plain.top_k, self.temperatures)
+        self.store = RowScores(teachers, spec, folder / "scores", distributed.rank())
         fitted, _ = fitting(self.answers, self.max_length)
         few = [r for mode in Mode for r in [a for a in fitted if a.mode is mode][:DIVERGENCE_ROWS]]
         by_length = sorted(few, key=lambda r: len(r.ids))
-        self.rows_of = {mode: [_row(r) for r in by_length if r.mode is mode] for mode in Mode}
+        self.rows_of = {mode: [response_row(r) for r in by_length if r.mode is mode] for mode in Mode}
         self.rows = [row for rows in self.rows_of.values() for row in rows]
 
     def _ask(self, sampling: Sampling, folder: Path) -> list[Response]:
         with self.reporter.progress("teacher answers held-out problems", len(self.requests)) as update:
             return collect(
-                self.client,
-                self.info,
+                self.teachers,
                 self.requests,
                 sampling,
                 folder / "answers.parquet",
@@ -165,7 +164,7 @@ class Evaluator:
         values = accuracy(self.verifier, answers)
         share = 0.0  # of a whole distribution nothing is outside
         if self.plain.teacher is None:
-            scores = self.store.request([r.tokens() for r in self.rows])()
+            scores = self.store.request(self.rows)()
             one = self.temperatures.index(1.0)
             tails = np.concatenate([s.tail_logprob[:, one] for s in scores if s.tail_logprob is not None])
             share = float(np.exp(tails).mean())
@@ -239,22 +238,23 @@ class Evaluator:
         requests = [r for mode in Mode for r in [q for q in self.requests if q.mode is mode][:SAMPLED_ROWS]]
         options = self.config.policy_distillation
         temperature = options.sampling_temperature or options.temperature
-        rollouts = self._sample(student, self._mine(requests, student), options.max_new_tokens, temperature)
-        rows = sorted((rollout_row(r) for r in rollouts), key=lambda r: len(r.ids))
-        store = AskedScores(self.client, self.store.spec)
+        mine = self._mine(requests, student)
+        rollouts = self._sample(student, mine, options.max_new_tokens, temperature)
+        rows = sorted((rollout_row(r, q) for r, q in zip(rollouts, mine, strict=True)), key=lambda r: len(r.ids))
+        store = RowScores(self.teachers, self.store.spec)
         (values,) = _means(*self._sums(student, (loss,), self._scored(store, rows)))
         return {
             k if k == "loss" else f"own_{k}": v for k, v in values.items() if k in ("loss", "forward_kl", "reverse_kl")
         }
 
-    def _scored(self, store: ScoreStore | AskedScores, rows: Sequence[Row]) -> Iterator[Scored]:
+    def _scored(self, store: RowScores, rows: Sequence[Row]) -> Iterator[Scored]:
         """Batches of `rows` with their scores; hidden states are asked for one batch ahead, others all at once."""
         size = self.config.evaluation.batch_size
         parts = [rows[first : first + size] for first in range(0, len(rows), size)]
         ahead = 1 if self.plain.teacher is not None else len(parts)
         waits: deque[Wait] = deque()
         for place, part in enumerate(parts):
-            waits += [store.request([r.tokens() for r in p]) for p in parts[place + len(waits) : place + 1 + ahead]]
+            waits += [store.request(p) for p in parts[place + len(waits) : place + 1 + ahead]]
             yield part, waits.popleft()()
 
     def _sums(
@@ -286,8 +286,15 @@ def _means(sums: torch.Tensor, tokens: int) -> list[dict[str, float]]:
     return [dict(zip(METRICS, row, strict=True)) if tokens else {} for row in (sums / max(tokens, 1)).tolist()]
 
 
-def _row(response: Response) -> Row:
-    return Row(response.ids, len(response.prompt_ids), response.example_id)
+def response_row(response: Response) -> Row:
+    """A response as a sequence to score and learn from."""
+    return _row(response, response.completion_ids)
+
+
+def _row(request: Request, completion: Ids) -> Row:
+    name = f"{request.example_id} ({request.mode.value})"
+    ids = np.concatenate([request.prompt_ids, completion])
+    return Row(ids, len(request.prompt_ids), name, request.mode, request.domain)
 
 
 def answer_text(tokenizer: Any, rollout: Rollout) -> str:
@@ -295,6 +302,6 @@ def answer_text(tokenizer: Any, rollout: Rollout) -> str:
     return str(tokenizer.decode(rollout.completion_ids, skip_special_tokens=True))
 
 
-def rollout_row(rollout: Rollout, name: str = "") -> Row:
-    """A rollout as a sequence to score and learn from."""
-    return Row(np.concatenate([rollout.prompt_ids, rollout.completion_ids]), len(rollout.prompt_ids), name)
+def rollout_row(rollout: Rollout, request: Request) -> Row:
+    """A rollout of `request` as a sequence to score and learn from."""
+    return _row(request, rollout.completion_ids)

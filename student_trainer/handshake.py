@@ -7,12 +7,25 @@ values and what to do. It knows the teacher's description and the student's toke
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from protos.scores import Field, Mode, TeacherInfo
 from protos.tokenizer_hash import hash_of_template, hash_of_tokenizer
 from student_trainer.config import Config
 from student_trainer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a run uses a teacher for: the route that names it ("" where it is the only one), the fingerprint that it
+    must have with the setting that says so, and the modes of the examples that it teaches.
+    """
+
+    route: str = ""
+    key: str = "teacher.fingerprint"
+    fingerprint: str | None = None
+    modes: frozenset[Mode] = frozenset(Mode)
 
 
 def check(
@@ -23,28 +36,39 @@ def check(
     *,
     eos_ids: Sequence[int] | None = None,
     stage: str = "all",
+    use: Use = Use(),
 ) -> None:
     """Raises UserError for the first thing that does not fit; returns where all does.
 
     `tokenizer` is the student's (transformers), `logits_width` the number of logits that the student gives at a
     position, `eos_ids` the ids that end its completions (None takes the tokenizer's). `stage` is all, non_policy,
-    policy or test; the first and last check what either stage needs.
+    policy or test; the first and last check what either stage needs. Modes, and what a stage needs, are checked as far
+    as `use` has the teacher for them.
     """
-    where = f"teacher {info.name}"
-    _check_fingerprint(info, config, where)
+    where = f"teacher {info.name} at {use.route}" if use.route else f"teacher {info.name}"
+    _check_fingerprint(info, use, where)
     _check_tokenizer(info, tokenizer, logits_width, where)
     _check_end(info, tokenizer, eos_ids, where)
+    stage = _narrowed(config, stage, use.modes)
     _check_limits(info, config, stage, where)
-    _check_abilities(info, config, stage, where)
+    _check_abilities(info, config, stage, use.modes, where)
 
 
-def _check_fingerprint(info: TeacherInfo, config: Config, where: str) -> None:
-    expected = config.teacher.fingerprint
-    if expected is not None and expected != info.fingerprint:
+def _narrowed(config: Config, stage: str, modes: frozenset[Mode]) -> str:
+    """The stage whose needs a teacher of `modes` has to meet: one alone where it has no example of the other."""
+    if stage in ("non_policy", "policy"):
+        return stage
+    given = config.non_policy_distillation.dataset_path is not None  # its responses may be of any mode
+    off, on = given or bool(needed_modes(config, "non_policy") & modes), bool(needed_modes(config, "policy") & modes)
+    return stage if off == on else "non_policy" if off else "policy"
+
+
+def _check_fingerprint(info: TeacherInfo, use: Use, where: str) -> None:
+    if use.fingerprint is not None and use.fingerprint != info.fingerprint:
         raise UserError(
-            f"its fingerprint is {info.fingerprint}, the configuration expects {expected}",
+            f"its fingerprint is {info.fingerprint}, the configuration expects {use.fingerprint}",
             where,
-            "start that teacher, or change teacher.fingerprint",
+            f"start that teacher, or change {use.key}",
         )
 
 
@@ -150,7 +174,7 @@ def _drawn(thinking_prob: float) -> set[Mode]:
     return {m for m in Mode if (thinking_prob if m.thinking else 1 - thinking_prob) > 0}
 
 
-def _check_abilities(info: TeacherInfo, config: Config, stage: str, where: str) -> None:
+def _check_abilities(info: TeacherInfo, config: Config, stage: str, used: frozenset[Mode], where: str) -> None:
     missing = needed_fields(config, stage) - info.fields
     if missing:
         raise UserError(
@@ -158,7 +182,7 @@ def _check_abilities(info: TeacherInfo, config: Config, stage: str, where: str) 
             where,
             "choose another loss, distribution top_k for hidden_states, or a teacher backend that gives these",
         )
-    modes = needed_modes(config, stage) - set(info.modes)
+    modes = needed_modes(config, stage) & used - set(info.modes)
     if modes:
         raise UserError(
             f"the run needs the mode {_names(modes)}, its chat template knows {_names(info.modes)}",

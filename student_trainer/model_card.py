@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from .errors import UserError, one_line
+from .teachers import Scope, taught_by
 
 log = logging.getLogger(__name__)
 
@@ -34,17 +35,17 @@ _MEASURED = (
 
 def model_card(about: Mapping[str, Any]) -> str:
     """The card of a model folder; `about` is its training_config.json."""
-    config, teacher, measured = about["config"], about["teacher"], about["measured"]
+    config, teachers, measured = about["config"], taught_by(about), about["measured"]
     policy = about["stage"] == "policy"
     student = config["models"]["student_model"]
+    taught = " and ".join(dict.fromkeys(_plain(_last(name)) for _, name, _ in teachers))
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if on_hub(student):
         front["base_model"] = student
     front["tags"] = ["distillation", "knowledge-distillation", "on-policy" if policy else "off-policy", "strong2weak"]
     made = {
         "student": student,
-        "teacher": teacher["name"],
-        "teacher's fingerprint": teacher["fingerprint"],
+        **_teachers(teachers),
         "stage": "2, on-policy: on the student's own answers" if policy else "1, off-policy: on the teacher's answers",
         "data": Path(config["data"]["data_path"]).name,
         "optimiser steps": about["step"],
@@ -56,13 +57,13 @@ def model_card(about: Mapping[str, Any]) -> str:
             yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip(),
             "---",
             "",
-            f"# {_plain(_last(student))}, taught by {_plain(_last(teacher['name']))}",
+            f"# {_plain(_last(student))}, taught by {taught}",
             "",
             "Distilled with strong2weak. All settings are in `training_config.json`.",
             "",
             "| made with | |",
             "| --- | --- |",
-            *(f"| {name} | {_code(value)} |" for name, value in made.items()),
+            *(f"| {_plain(name)} | {_code(value)} |" for name, value in made.items()),
             "",
             *_measured(measured),
             "## Loading",
@@ -101,6 +102,14 @@ def _plain(text: str) -> str:
 def _code(value: Any) -> str:
     text = one_line(str(value)).replace("|", "\\|").replace("`", "'")
     return f"`{text}`"
+
+
+def _teachers(teachers: Sequence[tuple[Scope, str, str]]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for scope, name, fingerprint in teachers:
+        which = f"teacher for {scope}" if len(teachers) > 1 else "teacher"
+        rows |= {which: name, f"{which}, fingerprint" if len(teachers) > 1 else "teacher's fingerprint": fingerprint}
+    return rows
 
 
 def _loss(config: Mapping[str, Any], policy: bool) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from . import distributed
 from .batches import Row, completion_ids
 from .checkpoints import Layout, off_policy_layout
 from .distillation_trainer import MicroBatch
-from .evaluation import Student, requests_for
+from .evaluation import Student, requests_for, response_row
 from .modes import pair_with_modes
 from .responses import Response, collect, fitting, read, reuse
-from .score_store import AskedScores, ScoreStore, Wait, open_store
+from .row_scores import RowScores
+from .score_store import Wait
 from .stage import Outcome, Session, begin, train
 from .stage_loss import StageLoss
 
@@ -39,9 +40,8 @@ def distil(session: Session, student: Student) -> Outcome:
     layout = off_policy_layout(session.config.training.output_dir)
     checkpoint = begin(session, layout)
     responses = teacher_responses(session, layout, student.tokenizer)
-    loss = StageLoss.off_policy(options, session.info.normalized_size, session.teacher_head)
-    folder = layout.root / "scores"
-    store = open_store(session.client, session.info.fingerprint, loss.spec, folder, distributed.rank())
+    loss = StageLoss.off_policy(options, session.teachers.normalized_size, session.teachers.head)
+    store = RowScores(session.teachers, loss.spec, layout.root / "scores", distributed.rank())
     feed = ResponseFeed(responses, store, loss, 2 * options.gradient_accumulation_steps)
     try:
         measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 1, off-policy")
@@ -55,7 +55,8 @@ def teacher_responses(session: Session, layout: Layout, tokenizer: Any) -> list[
     options, max_length = session.config.non_policy_distillation, session.config.data.max_length
     if options.dataset_path is not None:
         allowed = options.allow_other_teacher
-        responses = reuse(Path(options.dataset_path), session.info, other_teacher=allowed)
+        domains = {e.id: e.domain for e in session.train}
+        responses = reuse(Path(options.dataset_path), session.teachers, domains, other_teacher=allowed)
     else:
         path = layout.root / "responses.parquet"
         distributed.on_main(lambda: ask(session, path, tokenizer))
@@ -81,8 +82,7 @@ def ask(session: Session, path: Path, tokenizer: Any) -> None:
     started = time.monotonic()
     with session.reporter.progress("teacher answers training prompts", total) as update:
         collect(
-            session.client,
-            session.info,
+            session.teachers,
             requests,
             sampling,
             path,
@@ -98,11 +98,11 @@ class ResponseFeed:
     def __init__(
         self,
         responses: Sequence[Response],
-        store: ScoreStore | AskedScores,
+        store: RowScores,
         loss: StageLoss,
         ahead: int,
     ) -> None:
-        self.rows = [Row(r.ids, len(r.prompt_ids), f"{r.example_id} ({r.mode.value})") for r in responses]
+        self.rows = [response_row(r) for r in responses]
         self.store, self.loss, self.ahead = store, loss, ahead
         self._waits: dict[tuple[int, ...], Wait] = {}
 
@@ -115,7 +115,7 @@ class ResponseFeed:
 
     def announce(self, indices: Sequence[int]) -> None:
         """Asks the teacher for what is not known yet."""
-        self._waits[tuple(indices)] = self.store.request([self.rows[i].tokens() for i in indices])
+        self._waits[tuple(indices)] = self.store.request([self.rows[i] for i in indices])
 
     def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
         """The announced micro-batches."""

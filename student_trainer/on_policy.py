@@ -11,13 +11,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from protos.scores import Floats, Ids, Mode, Scores, ids_array
+from protos.scores import Floats, Ids, Mode, ids_array
 
 from . import distributed
 from .batches import Row, completion_ids, split_by_length
@@ -34,7 +33,7 @@ from .responses import Request
 from .rollouts import Rollout, sample
 from .stage import Outcome, Session, begin, train
 from .stage_loss import StageLoss
-from .teacher_client import TeacherClient
+from .teachers import Pending, Teachers
 
 log = logging.getLogger(__name__)
 
@@ -44,23 +43,21 @@ def distil(session: Session, student: Student) -> Outcome:
     started, options = time.monotonic(), session.config.policy_distillation
     layout = on_policy_layout(session.config.training.output_dir)
     checkpoint = begin(session, layout)
-    loss = StageLoss.on_policy(options, session.info.normalized_size, session.teacher_head)
-    feed = RolloutFeed(session.config, session.train, student, session.client, loss)
+    loss = StageLoss.on_policy(options, session.teachers.normalized_size, session.teachers.head)
+    feed = RolloutFeed(session.config, session.train, student, session.teachers, loss)
     measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 2, on-policy")
     return Outcome(layout.best_model, measured, time.monotonic() - started)
 
 
 class Asked(NamedTuple):
-    """A rollout that the teacher is scoring: `future` gives a list whose entry `place` is its score.
-
-    `candidates` int32[R,K] are the ids that the teacher was asked about, `logprobs` float32[R] the sampler's.
+    """A rollout that its teacher is scoring: `candidates` int32[R,K] are the ids that the teacher was asked about,
+    `logprobs` float32[R] the sampler's.
     """
 
     row: Row
     candidates: Ids | None
     logprobs: Floats | None
-    future: Future[list[Scores]]
-    place: int
+    score: Pending
 
 
 class RolloutFeed:
@@ -69,10 +66,10 @@ class RolloutFeed:
     ahead = 0
 
     def __init__(
-        self, config: Config, examples: Sequence[Example], student: Student, client: TeacherClient, loss: StageLoss
+        self, config: Config, examples: Sequence[Example], student: Student, teachers: Teachers, loss: StageLoss
     ) -> None:
         self.config, self.options = config, config.policy_distillation
-        self.student, self.client, self.loss = student, client, loss
+        self.student, self.teachers, self.loss = student, teachers, loss
         tokenizer, max_length = student.tokenizer, config.data.max_length
         both = requests_for(tokenizer, [(e, mode) for e in examples for mode in Mode], max_length)
         self._requests = {(r.example_id, r.mode): r for r in both}
@@ -123,8 +120,7 @@ class RolloutFeed:
             logprobs=self.weighs,
             **self.student.sampling,
         )
-        names = (f"{r.example_id} ({mode.value})" for r in requests)
-        return [(rollout_row(r, name), r) for r, name in zip(rollouts, names, strict=True)]
+        return [(rollout_row(r, request), r) for r, request in zip(rollouts, requests, strict=True)]
 
     @property
     def weighs(self) -> bool:
@@ -133,15 +129,14 @@ class RolloutFeed:
         return other and self.loss.objective.on_sampled_token
 
     def _ask(self, rollouts: Sequence[tuple[Row, Rollout]]) -> list[Asked]:
-        """Sends rollouts to the teacher, with the student's own top K where the loss wants that."""
+        """Sends rollouts to their teachers, with the student's own top K where the loss wants that."""
         rows = [row for row, _ in rollouts]
         candidates: list[Ids | None] = [None] * len(rows)
         if self.loss.on_student_support:
             bounds = np.cumsum([len(row.ids) - row.start for row in rows])[:-1]
             candidates = list(np.split(self._own_top_k(rows), bounds))
-        sequences = [row.tokens(c) for row, c in zip(rows, candidates, strict=True)]
-        future = self.client.submit_score(sequences, self.loss.spec)
-        return [Asked(row, candidates[i], rollout.logprobs, future, i) for i, (row, rollout) in enumerate(rollouts)]
+        scores = self.teachers.submit_score(rows, self.loss.spec, candidates)
+        return [Asked(row, candidates[i], rollout.logprobs, scores[i]) for i, (row, rollout) in enumerate(rollouts)]
 
     def _batch(self, asked: Sequence[Asked]) -> MicroBatch:
         rows = [a.row for a in asked]
@@ -149,7 +144,7 @@ class RolloutFeed:
         drawn = [a.logprobs for a in asked if a.logprobs is not None]
 
         def targets() -> Targets:
-            scores = [a.future.result()[a.place] for a in asked]
+            scores = [a.score.result() for a in asked]
             named = [a.candidates for a in asked if a.candidates is not None]
             candidates = np.concatenate(named).astype(np.int64) if named else None
             return self.loss.targets(tokens, scores, self.loss.spec.temperatures, candidates)

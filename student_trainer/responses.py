@@ -2,7 +2,7 @@
 
 A dataset is a folder of parts (`responses.parquet/part-00000.parquet`, readable as one with pandas, DuckDB or
 pyarrow) or one file. Parts are written while the responses arrive, so that an interrupted collection goes on where it
-was. Knows the teacher client and the file format, nothing of training. Legend: P prompt tokens, R completion tokens.
+was. Knows the teachers and the file format, nothing of training. Legend: P prompt tokens, R completion tokens.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from protos.scores import Completion, FinishReason, Ids, Message, Mode, Prompt, Sampling, TeacherInfo
 
+from .asking import ask
 from .errors import UserError
-from .teacher_client import TeacherClient
+from .teachers import Teacher, Teachers, nobody
 
 PART_ROWS = 1024
 PART_SECONDS = 60.0
@@ -39,30 +41,37 @@ SCHEMA = pa.schema(
         ("finish_reason", pa.string()),
         ("expected", pa.string()),
         ("teacher_fingerprint", pa.string()),
+        ("domain", pa.string()),
     ]
 )
-"""`prompt` is the conversation as JSON, `text` the completion without special tokens; `expected` may be null."""
+"""`prompt` is the conversation as JSON, `text` the completion without special tokens; `expected` and `domain` may be
+null, and files of before there were domains lack the last column.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What the teacher is asked: a conversation in one mode, rendered as int32[P], and what a verifier expects."""
+    """What is asked: a conversation in one mode, rendered as int32[P]; what a verifier expects; its domain."""
 
     example_id: str
     messages: tuple[Message, ...]
     mode: Mode
     prompt_ids: Ids
     expected: str | None = None
+    domain: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Response(Request):
-    """A request with the teacher's completion, int32[R]: an end token last where it stopped, none where it was cut."""
+    """A request with the completion, int32[R], of the teacher with that fingerprint: an end token last where it
+    stopped, none where it was cut.
+    """
 
     sample: int = 0
     completion_ids: Ids = field(default_factory=lambda: np.zeros(0, np.int32))
     text: str = ""
     finish_reason: FinishReason = FinishReason.STOP
+    teacher: str = ""
 
     @property
     def ids(self) -> Ids:
@@ -108,6 +117,7 @@ def _write_part(folder: Path, responses: Sequence[Response], origin: Origin) -> 
         "finish_reason": [r.finish_reason.value for r in responses],
         "expected": [r.expected for r in responses],
         "teacher_fingerprint": [origin.fingerprint] * len(responses),
+        "domain": [r.domain for r in responses],
     }
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("part-*.parquet")))
@@ -116,35 +126,43 @@ def _write_part(folder: Path, responses: Sequence[Response], origin: Origin) -> 
     os.replace(temporary, folder / f"part-{number:05d}.parquet")
 
 
-def read(path: Path) -> tuple[list[Response], Origin | None]:
-    """All responses of a dataset in the order of its parts, and where they come from (None for an empty folder)."""
+def read(path: Path) -> tuple[list[Response], dict[str, Origin]]:
+    """All responses of a dataset in the order of its parts, and where they come from, by the teachers' fingerprints."""
     if not path.exists():
         raise UserError(f"there is no dataset of responses at {path}; check non_policy_distillation.dataset_path")
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     responses: list[Response] = []
-    origin = None
+    origins: dict[str, Origin] = {}
     for file in files:
         try:
             table = pq.read_table(file)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{file} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
-        missing = set(SCHEMA.names) - set(table.column_names)
+        missing = set(SCHEMA.names) - {"domain"} - set(table.column_names)
         if missing:
             raise UserError(f"{file} is no dataset of responses, it lacks {', '.join(sorted(missing))}")
-        meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-        known = {name: meta.get(f"strong2weak.{name}", "") for name in ("fingerprint", "teacher", "tokenizer_hash")}
-        part = Origin(**known, sampling=meta.get("strong2weak.sampling", ""))
-        if origin is not None and part != origin:
-            raise UserError(f"{path} mixes responses of different teachers or samplings: {origin} and {part}")
-        origin = part
+        for origin in _origins(table):
+            other = origins.setdefault(origin.fingerprint, origin)
+            if other != origin:
+                raise UserError(f"{path} mixes responses of different teachers or samplings: {other} and {origin}")
         responses.extend(_rows(table))
-    return responses, origin
+    return responses, origins
+
+
+def _origins(table: pa.Table) -> list[Origin]:
+    """Where a file's rows come from; its metadata names one teacher, a row may name another one's fingerprint."""
+    meta = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    known = {name: meta.get(f"strong2weak.{name}", "") for name in ("fingerprint", "teacher", "tokenizer_hash")}
+    main = Origin(**known, sampling=meta.get("strong2weak.sampling", ""))
+    found = [f or main.fingerprint for f in pa.compute.unique(table.column("teacher_fingerprint")).to_pylist()]
+    return [main if f == main.fingerprint else replace(main, fingerprint=f, teacher="") for f in found]
 
 
 def _rows(table: pa.Table) -> list[Response]:
-    columns = {name: table.column(name) for name in SCHEMA.names}
+    columns = {name: table.column(name) for name in SCHEMA.names if name in table.column_names}
     ids = {name: _lists(columns[name]) for name in ("prompt_ids", "completion_ids")}
     rest = {n: c.to_pylist() for n, c in columns.items() if n not in ids}
+    domains = rest.get("domain") or [None] * table.num_rows
     return [
         Response(
             example_id=rest["example_id"][i],
@@ -152,10 +170,12 @@ def _rows(table: pa.Table) -> list[Response]:
             mode=Mode(rest["mode"][i]),
             prompt_ids=ids["prompt_ids"][i],
             expected=rest["expected"][i],
+            domain=domains[i],
             sample=rest["sample"][i],
             completion_ids=ids["completion_ids"][i],
             text=rest["text"][i],
             finish_reason=FinishReason(rest["finish_reason"][i]),
+            teacher=rest["teacher_fingerprint"][i] or "",
         )
         for i in range(table.num_rows)
     ]
@@ -168,33 +188,44 @@ def _lists(column: pa.ChunkedArray) -> list[Ids]:
     return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
 
 
-def reuse(path: Path, info: TeacherInfo, *, other_teacher: bool = False) -> list[Response]:
-    """An existing dataset for training against the teacher `info`.
+def reuse(
+    path: Path, teachers: Teachers, domains: Mapping[str, str | None] | None = None, *, other_teacher: bool = False
+) -> list[Response]:
+    """An existing dataset for training against `teachers`. An example that `domains` knows by its id is of that domain.
 
-    Refused (UserError, naming both values) where its tokens come from another tokenizer, or, unless `other_teacher`,
-    where another teacher wrote it.
+    Refused (UserError, naming both values) where its tokens come from another tokenizer, where a response has no
+    teacher, or, unless `other_teacher`, where another one than that wrote it.
     """
-    responses, origin = read(path)
-    if origin is None or not responses:
+    responses, origins = read(path)
+    if not responses:
         raise UserError(f"the dataset of responses at {path} is empty")
-    if origin.tokenizer_hash != info.tokenizer_hash:
-        raise UserError(
-            f"{path} was written with tokenizer {origin.tokenizer_hash or 'unknown'}, the teacher {info.name} has "
-            f"{info.tokenizer_hash}; its token ids mean other text here, collect new responses"
-        )
-    if origin.fingerprint != info.fingerprint and not other_teacher:
-        raise UserError(
-            f"it holds responses of teacher {origin.teacher or '?'} ({origin.fingerprint or 'unknown'}), "
-            f"this teacher is {info.name} ({info.fingerprint})",
-            str(path),
-            "set non_policy_distillation.allow_other_teacher=true to train on them anyway",
-        )
+    first, domains = teachers.all[0].info, domains or {}
+    for origin in origins.values():
+        if origin.tokenizer_hash != first.tokenizer_hash:
+            raise UserError(
+                f"{path} was written with tokenizer {origin.tokenizer_hash or 'unknown'}, the teacher {first.name} has "
+                f"{first.tokenizer_hash}; its token ids mean other text here, collect new responses"
+            )
+    responses = [replace(r, domain=domains.get(r.example_id, r.domain)) for r in responses]
+    found = {(r.mode, r.domain) for r in responses}
+    missing = [c for c in found if teachers.find(*c) is None]
+    if missing:
+        raise nobody(missing)
+    for response in responses:
+        teacher, origin = teachers.of(response.mode, response.domain), origins[response.teacher]
+        if origin.fingerprint != teacher.info.fingerprint and not other_teacher:
+            where = "" if len(teachers.all) == 1 else f" for {teacher.scope}"
+            raise UserError(
+                f"it holds responses of teacher {origin.teacher or '?'} ({origin.fingerprint or 'unknown'}), "
+                f"this teacher{where} is {teacher.info.name} ({teacher.info.fingerprint})",
+                str(path),
+                "set non_policy_distillation.allow_other_teacher=true to train on them anyway",
+            )
     return responses
 
 
 def collect(
-    client: TeacherClient,
-    info: TeacherInfo,
+    teachers: Teachers,
     requests: Sequence[Request],
     sampling: Sampling,
     folder: Path,
@@ -202,57 +233,80 @@ def collect(
     samples: int = 1,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> list[Response]:
-    """The teacher's responses to every request, `samples` for each, asking only for what `folder` does not hold yet.
+    """The teachers' responses to every request, `samples` for each, asking only for what `folder` does not hold yet.
 
-    `progress(done, total, tokens)` is called as they arrive. What arrived is on disk after at most PART_SECONDS. The
-    order of the result is that of `requests`, whatever the order of arrival.
+    `progress(done, total, tokens)` is called as they arrive. What arrived is on disk after at most PART_SECONDS; a part
+    holds responses of one teacher. The order of the result is that of `requests`, whatever the order of arrival.
     """
-    origin = Origin.of(info, sampling)
-    known: dict[tuple[str, Mode, int], Response] = {}
-    if folder.exists():
-        found, there = read(folder)
-        if there is not None and there != origin:
-            raise UserError(
-                f"it was begun with {there.teacher} ({there.fingerprint}) and {there.sampling}, "
-                f"now it is {origin.teacher} ({origin.fingerprint}) and {origin.sampling}",
-                str(folder),
-                "start afresh without --resume",
-            )
-        known = {(r.example_id, r.mode, r.sample): r for r in found}
-    wanted = [(r.example_id, r.mode, s) for r in requests for s in range(samples)]
-    todo = [r for r in requests if any((r.example_id, r.mode, s) not in known for s in range(samples))]
-    waiting: list[Response] = []
+    origins = {t.info.fingerprint: Origin.of(t.info, sampling) for t in teachers.all}
+    asked = [teachers.of(r.mode, r.domain) for r in requests]
+    known = _known(folder, origins, dict(zip(map(_key, requests), asked, strict=True)))
+    wanted = [(*_key(r), s) for r in requests for s in range(samples)]
+    todo = [i for i, r in enumerate(requests) if any((*_key(r), s) not in known for s in range(samples))]
+    waiting: dict[str, list[Response]] = {f: [] for f in origins}
     tokens, written = 0, time.monotonic()
 
-    def keep(index: int, sample: int, completion: Completion) -> None:
+    def keep(place: int, sample: int, completion: Completion) -> None:
         nonlocal tokens, written
-        request = todo[index]
+        request, fingerprint = requests[todo[place]], asked[todo[place]].info.fingerprint
         response = Response(
             **vars(request),
             sample=sample,
             completion_ids=completion.token_ids,
             text=completion.text,
             finish_reason=completion.finish_reason,
+            teacher=fingerprint,
         )
-        if known.setdefault((request.example_id, request.mode, sample), response) is not response:
+        if known.setdefault((*_key(request), sample), response) is not response:
             return
-        waiting.append(response)
+        waiting[fingerprint].append(response)
         tokens += len(completion.token_ids)
-        if len(waiting) >= PART_ROWS or time.monotonic() - written > PART_SECONDS:
-            _write_part(folder, waiting, origin)
-            waiting.clear()
+        if len(waiting[fingerprint]) >= PART_ROWS or time.monotonic() - written > PART_SECONDS:
+            write()
             written = time.monotonic()
         if progress is not None:
             progress(len(known), len(wanted), tokens)
 
+    def write() -> None:
+        for fingerprint, responses in waiting.items():
+            if responses:
+                _write_part(folder, responses, origins[fingerprint])
+                responses.clear()
+
+    groups: dict[Teacher, list[int]] = {}
+    for place, i in enumerate(todo):
+        groups.setdefault(asked[i], []).append(place)
     try:
         if todo:
-            prompts = [Prompt(token_ids=r.prompt_ids, mode=r.mode) for r in todo]
-            client.generate(prompts, sampling, n=samples, on_completion=keep)
+            prompts = [Prompt(token_ids=requests[i].prompt_ids, mode=requests[i].mode) for i in todo]
+            ask(list(groups.items()), prompts, sampling, samples, keep)
     finally:
-        if waiting:
-            _write_part(folder, waiting, origin)
+        write()
     return [known[key] for key in wanted]
+
+
+def _key(request: Request) -> tuple[str, Mode]:
+    return request.example_id, request.mode
+
+
+def _known(
+    folder: Path, origins: Mapping[str, Origin], asked: Mapping[tuple[str, Mode], Teacher]
+) -> dict[tuple[str, Mode, int], Response]:
+    """What `folder` holds; UserError where it was begun with other teachers or another sampling."""
+    if not folder.exists():
+        return {}
+    (found, there), first = read(folder), next(iter(origins.values()))
+    for response in found:
+        before, teacher = there[response.teacher], asked.get(_key(response))
+        now = origins[teacher.info.fingerprint] if teacher else origins.get(response.teacher, first)
+        if before != now:
+            raise UserError(
+                f"it was begun with {before.teacher} ({before.fingerprint}) and {before.sampling}, "
+                f"now it is {now.teacher} ({now.fingerprint}) and {now.sampling}",
+                str(folder),
+                "start afresh without --resume",
+            )
+    return {(*_key(r), r.sample): r for r in found}
 
 
 def fitting(responses: Sequence[Response], max_length: int) -> tuple[list[Response], int]:

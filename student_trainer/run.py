@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from protos.scores import Mode, Prompt, Sampling, ScoreSpec, Sequence
 
-from . import distributed, embedded_teacher, full_distribution, handshake, off_policy, on_policy
+from . import distributed, off_policy, on_policy
 from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about, recover
 from .config import Config
 from .data import load_examples
@@ -25,13 +25,14 @@ from .evaluation import Evaluator, Student, answer_text
 from .model_card import check_push, push
 from .models import describe
 from .modes import render
+from .opening import open_teachers
 from .report import RunReport
 from .reporting import Reporter, check_reports, final_table, logging_to
 from .rollouts import sample
 from .settings import to_yaml
 from .stage import Outcome, Session, open_student, report, training_device
 from .stage_loss import StageLoss
-from .teacher_client import TeacherClient, connect
+from .teachers import Teachers
 from .verifiers import load_verifier
 
 log = logging.getLogger(__name__)
@@ -62,20 +63,15 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         verifier = load_verifier(config.evaluation.verifier)
         train, validation = load_examples(config.data, config.training.seed)
         log.info("%d examples to train on, %d held out", len(train), len(validation))
-        client = open_teacher(config, reporter, stack)
-        info = client.teacher()
-        log.info("teacher %s (%s, %s), fingerprint %s", info.name, info.engine, info.dtype, info.fingerprint)
-        handshake.check(
-            info, description.tokenizer, description.logits_width, config, eos_ids=description.eos_ids, stage=stage
-        )
+        domains = {e.domain for e in [*train, *validation]}
+        teachers = open_teachers(config, stage, description, domains, reporter, training_device, stack)
         if stage == "test":
-            try_both(config, client, source, train[0].messages)
+            try_both(config, teachers, source, train[0].messages)
             return
-        head = full_distribution.fetch(config, client, training_device()) if config.wants_full(stage) else None
-        evaluator = Evaluator(config, client, info, description.tokenizer, validation, verifier, reporter, head)
+        evaluator = Evaluator(config, teachers, description.tokenizer, validation, verifier, reporter)
         stack.callback(evaluator.close)
-        record = RunReport(config, stage, info, sys.orig_argv, main)
-        session = Session(config, client, info, train, evaluator, reporter, config.training.resume, record, head)
+        record = RunReport(config, stage, teachers.by_scope(), sys.orig_argv, main)
+        session = Session(config, teachers, train, evaluator, reporter, config.training.resume, record)
         with record.kept():
             rows = run_stages(session, stage, source)
             if main:
@@ -91,9 +87,9 @@ def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[st
     rows = record.rows
     record.notes += notes(session)
     rows.append({"model": "teacher", **evaluator.teacher().values})
-    student = open_student(config, source, session.info.vocab_size)
+    student = open_student(config, source, session.teachers.vocab_size)
     first = "policy" if stage == "policy" else "non_policy"
-    size, head = session.info.normalized_size, session.teacher_head
+    size, head = session.teachers.normalized_size, session.teachers.head
     if first == "policy":
         loss = StageLoss.on_policy(config.policy_distillation, size, head)
     else:
@@ -118,7 +114,7 @@ def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[st
         if stage == "all":
             best = outcome.best_model
             outcome = run_stage(
-                session, layout, on_policy.distil, lambda: open_student(config, best, session.info.vocab_size)
+                session, layout, on_policy.distil, lambda: open_student(config, best, session.teachers.vocab_size)
             )
         else:
             outcome = run_stage(session, layout, on_policy.distil, lambda: student)
@@ -154,54 +150,35 @@ def first_student(config: Config, stage: str, pretrained: str | Path | None) -> 
     return pretrained or config.models.student_model
 
 
-def open_teacher(config: Config, reporter: Reporter, stack: ExitStack) -> TeacherClient:
-    """A client of the configured teacher, or of one that rank 0 starts for this run; closed with `stack`."""
-    address = config.teacher.endpoint
-    on_wait: Callable[[str], None] = reporter.waiting
-
-    def start_one() -> str:
-        nonlocal on_wait
-        embedded = stack.enter_context(embedded_teacher.start(config, reporter.waiting))
-        on_wait = embedded.watching(reporter.waiting)  # a teacher of our own that has died is not waited for
-        return embedded.grpc
-
-    if address is None:  # only rank 0 runs the function, so only rank 0 owns the server; the others get its address
-        address = distributed.on_main(start_one)
-    client = connect(
-        address,
-        timeout_s=config.teacher.timeout_s,
-        patience_s=config.teacher.patience_s,
-        max_in_flight=config.teacher.max_in_flight,
-        name=f"trainer-{Path(config.training.output_dir).name}-{distributed.rank()}",
-        on_wait=on_wait,
-    )
-    stack.callback(client.close)
-    return client
-
-
-def try_both(config: Config, client: TeacherClient, source: str | Path, messages: Any) -> None:
-    """Stage `test`: one score and one answer of the teacher and one of the student in each mode, shown."""
-    info = client.teacher()
-    student = open_student(config, source, info.vocab_size)
+def try_both(config: Config, teachers: Teachers, source: str | Path, messages: Any) -> None:
+    """Stage `test`: one score and one answer of each teacher and one of the student in each mode, shown."""
+    student = open_student(config, source, teachers.vocab_size)
     limit = min(config.evaluation.max_new_tokens, 128)
     ids = render(student.tokenizer, messages, Mode.NON_THINKING)
-    scores = client.score([Sequence(ids, 1)], ScoreSpec(min(4, info.limits.top_k)))[0]
-    assert scores.token_logprobs is not None
-    log.info("the teacher scored %d tokens, %.3f nats a token", scores.positions, scores.token_logprobs.mean())
-    for mode in info.modes:
+    names = {t: "teacher" if len(teachers.all) == 1 else f"teacher {t.info.name} ({t.scope})" for t in teachers.all}
+    for teacher, name in names.items():
+        scores = teacher.client.score([Sequence(ids, 1)], ScoreSpec(min(4, teacher.info.limits.top_k)))[0]
+        assert scores.token_logprobs is not None
+        log.info("the %s scored %d tokens, %.3f nats a token", name, scores.positions, scores.token_logprobs.mean())
+    for mode in Mode:
+        answering = [t for t in teachers.all if mode in t.info.modes and t.scope.mode in (None, mode)]
+        if not answering:
+            continue
         prompt = render(student.tokenizer, messages, mode)
         own = sample(student.model, [prompt], max_new_tokens=limit, temperature=0.0, **student.sampling)[0]
         log.info("student, %s: %r", mode.value, answer_text(student.tokenizer, own))
-        if info.can_generate:
-            found = client.generate([Prompt(token_ids=prompt, mode=mode)], Sampling(limit, temperature=0.0))[0][0]
-            log.info("teacher, %s: %r", mode.value, found.text)
-    log.info("both models are loaded and fit together")
+        for teacher in answering:
+            if teacher.info.can_generate:
+                asked = [Prompt(token_ids=prompt, mode=mode)]
+                found = teacher.client.generate(asked, Sampling(limit, temperature=0.0))[0][0]
+                log.info("%s, %s: %r", names[teacher], mode.value, found.text)
+    log.info("%s models are loaded and fit together", "both" if len(names) == 1 else "all")
 
 
 def notes(session: Session) -> list[str]:
     """What the numbers of the table were measured on."""
     evaluator = session.evaluator
-    problems = len(evaluator.requests) // max(len(session.info.modes), 1)
+    problems = len({r.example_id for r in evaluator.requests})
     if not problems:
         return ["nothing is held out (data.val_ratio is 0), so nothing was measured"]
     top_k = evaluator.plain.top_k

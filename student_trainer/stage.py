@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from protos.scores import TeacherInfo
-
 from . import distributed, packing, reporting
 from .checkpoints import Layout, prepare, read_about
 from .config import Config, NonPolicyDistillation, PolicyDistillation
@@ -26,14 +24,13 @@ from .data import Example
 from .distillation_trainer import DistillationTrainer, Feed, MeasureEveryEpochs
 from .errors import Interrupted, UserError
 from .evaluation import Evaluator, Measurement, Student
-from .full_distribution import TeacherHead
 from .history import History
 from .models import eos_ids, load_student, load_tokenizer
 from .objective_forward import accept_objective
 from .report import RunReport
 from .stage_loss import StageLoss
 from .stopping import Stopper
-from .teacher_client import TeacherClient
+from .teachers import Teachers
 from .trackio_report import TrackioReport
 
 log = logging.getLogger(__name__)
@@ -41,18 +38,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Session:
-    """Everything that lives as long as a run: configuration, teacher, data, held-out problems, console."""
+    """Everything that lives as long as a run: configuration, teachers, data, held-out problems, console."""
 
     config: Config
-    client: TeacherClient
-    info: TeacherInfo
+    teachers: Teachers
     train: Sequence[Example]
     evaluator: Evaluator
     reporter: reporting.Reporter
     resume: bool | str
     record: RunReport
-    teacher_head: TeacherHead | None = None
-    """Where a stage trains on the teacher's whole distribution."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +77,7 @@ def begin(session: Session, layout: Layout) -> Path | None:
     if aside is not None:
         log.info("%s is from an earlier run, moved it to %s (continue it with --resume instead)", layout.root, aside)
     if checkpoint is not None:
-        teacher = read_about(checkpoint).get("teacher", {}).get("fingerprint")
-        if teacher != session.info.fingerprint:
-            raise UserError(
-                f"the checkpoint was trained with teacher {teacher}, this one is {session.info.fingerprint}",
-                str(checkpoint),
-                "start the same teacher, or begin a new run from its weights with --pretrained_student",
-            )
+        session.teachers.check_same(read_about(checkpoint), {e.domain for e in session.train}, str(checkpoint))
         log.info("going on from %s", checkpoint)
     return checkpoint
 
@@ -192,9 +180,8 @@ def train(
         callbacks.append(tracker)
 
     def about(step: int, measured: dict[str, float]) -> dict[str, Any]:
-        teacher = {"name": session.info.name, "fingerprint": session.info.fingerprint}
-        config = session.config.model_dump(mode="json")
-        return {"stage": layout.stage, "step": step, "teacher": teacher, "measured": measured, "config": config}
+        teachers, config = session.teachers.described(), session.config.model_dump(mode="json")
+        return {"stage": layout.stage, "step": step, "teachers": teachers, "measured": measured, "config": config}
 
     def measure(model: Any) -> Measurement | None:
         found = session.evaluator.student(student, loss, on_policy=on_policy)

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from protos.scores import TeacherInfo
+
 from ..history import Line as Metrics
 from ..reporting import COLUMNS, cells, duration
 from ..settings import to_yaml
@@ -24,7 +26,8 @@ MODES = (("thinking", "thinking", 3), ("non_thinking", "non-thinking", 4))
 
 def page(run: RunReport) -> str:
     """The whole page."""
-    title = escape(f"{run.config.models.student_model} taught by {run.info.name}")
+    names = " and ".join(dict.fromkeys(info.name for info in run.teachers.values()))
+    title = escape(f"{run.config.models.student_model} taught by {names}")
     took = (datetime.now(UTC) - run.started).total_seconds()
     when = f"{run.started:%Y-%m-%d %H:%M} UTC, {duration(took)}"
     sections = [
@@ -32,7 +35,10 @@ def page(run: RunReport) -> str:
         *(_section(s.title.capitalize(), _curves(run, s)) for s in run.stages),
         _section("Where the time went", "".join(map(_time, run.stages))),
         _section("Sample outputs", _samples(run)),
-        _section("Teacher", _pairs(_teacher(run))),
+        *(
+            _section(f"Teacher for {scope}" if len(run.teachers) > 1 else "Teacher", _pairs(_teacher(info)))
+            for scope, info in run.teachers.items()
+        ),
         _section("Run", _pairs({"command": shlex.join(run.command), "stage": run.stage, **versions()})),
         _section("Configuration", f"<details open><summary>resolved</summary>{_pre(to_yaml(run.config))}</details>"),
     ]
@@ -145,8 +151,7 @@ def _samples(run: RunReport) -> str:
     return _table(["mode", "problem", *(name for name, _ in columns)], rows, "texts")
 
 
-def _teacher(run: RunReport) -> dict[str, Any]:
-    info = run.info
+def _teacher(info: TeacherInfo) -> dict[str, Any]:
     return {
         "name": info.name,
         "fingerprint": info.fingerprint,

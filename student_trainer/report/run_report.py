@@ -47,11 +47,13 @@ class Stage:
 
 @dataclass
 class RunReport:
-    """See the module. `rows` and `notes` are those of the final table, `before` the first student's sample outputs."""
+    """See the module. `teachers` is what each teaches (anything where one is all), `rows` and `notes` are those of the
+    final table, `before` the first student's sample outputs.
+    """
 
     config: Config
     stage: str
-    info: TeacherInfo
+    teachers: Mapping[str, TeacherInfo]
     command: Sequence[str]
     main: bool = True
     started: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -10,7 +10,7 @@ from protos.scores import Field, Limits, Mode, TeacherInfo
 from protos.tokenizer_hash import hash_of_template, hash_of_tokenizer
 from student_trainer.config import Config
 from student_trainer.errors import UserError
-from student_trainer.handshake import check, needed_fields, needed_modes
+from student_trainer.handshake import Use, check, needed_fields, needed_modes
 from tests import tiny_qwen3
 from tests.student_trainer.live import teacher_info
 
@@ -104,9 +104,9 @@ def test_a_difference_is_refused_naming_both_values_and_what_to_do(
 
 
 def test_an_expected_fingerprint_is_compared(info: TeacherInfo, tokenizer: Any) -> None:
-    check(info, tokenizer, WIDTH, config(teacher={"fingerprint": "f1"}))
+    check(info, tokenizer, WIDTH, Config(), use=Use(fingerprint="f1"))
     with pytest.raises(UserError, match="its fingerprint is f1, the configuration expects f9; start that teacher"):
-        check(info, tokenizer, WIDTH, config(teacher={"fingerprint": "f9"}))
+        check(info, tokenizer, WIDTH, Config(), use=Use(fingerprint="f9"))
 
 
 def test_the_students_own_end_ids_are_compared(info: TeacherInfo, tokenizer: Any) -> None:

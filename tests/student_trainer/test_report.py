@@ -71,7 +71,7 @@ class Page(HTMLParser):
 
 def a_report(folder: Path) -> RunReport:
     config = Config.model_validate({"training": {"output_dir": str(folder)}})
-    report = RunReport(config, "all", INFO, ["python", "main_distillation.py", "a b"])
+    report = RunReport(config, "all", {"": INFO}, ["python", "main_distillation.py", "a b"])
     report.rows += [
         {"model": "teacher", "accuracy_thinking": 0.9, "accuracy_non_thinking": 0.5},
         {"model": "student before", "forward_kl": 2.0, "accuracy_thinking": 0.1, "accuracy_non_thinking": 0.0},

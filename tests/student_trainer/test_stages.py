@@ -113,7 +113,7 @@ def test_both_stages_leave_the_documented_folders(go: Run, tmp_path: Path) -> No
         assert (folder / "generation_config.json").is_file()
         about = json.loads((folder / "training_config.json").read_text())
         assert about["config"]["policy_distillation"]["top_k"] == 8
-        assert about["teacher"]["fingerprint"]
+        assert about["teachers"][0]["fingerprint"]
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
         assert AutoTokenizer.from_pretrained(folder).chat_template
@@ -375,12 +375,19 @@ def test_a_checkpoint_of_another_teacher_is_not_continued(go: Run, tmp_path: Pat
     go("policy", policy_distillation={"max_steps": 2})
     about = tmp_path / "outputs" / "policy_distillation" / "policy_checkpoint-2" / "training_config.json"
     value = json.loads(about.read_text())
-    value["teacher"]["fingerprint"] = "other"
-    about.write_text(json.dumps(value))
-    seal(about.parent)
+    (teacher,) = value.pop("teachers")
+    old = {
+        "name": teacher["name"],
+        "fingerprint": teacher["fingerprint"],
+    }  # as once written
     shutil.rmtree(about.parent.parent / "final_policy_model")
-    with pytest.raises(UserError, match="trained with teacher other"):
-        go("policy", policy_distillation={"max_steps": 2}, training={"resume": True})
+    for fingerprint in ("other", old["fingerprint"]):
+        about.write_text(json.dumps(value | {"teacher": old | {"fingerprint": fingerprint}}))
+        seal(about.parent)
+        if fingerprint == "other":
+            with pytest.raises(UserError, match="trained with teacher other"):
+                go("policy", policy_distillation={"max_steps": 2}, training={"resume": True})
+    assert "going on from" in go("policy", policy_distillation={"max_steps": 2}, training={"resume": True})
 
 
 def test_the_test_stage_shows_answers_of_both_models(go: Run) -> None:
