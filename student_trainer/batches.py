@@ -98,10 +98,35 @@ def completion_tokens(rows: Sequence[Row]) -> int:
     return sum(len(r.ids) - r.start for r in rows)
 
 
-def split_by_length(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """0..rows-1, longest first, in `parts` groups whose sizes differ by at most one."""
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    return [part.tolist() for part in np.array_split(order, parts)]
+def cut(lengths: Sequence[int], parts: int, *, packed: bool) -> list[list[int]]:
+    """0..rows-1, longest first, in `parts` groups of neighbours, none empty.
+
+    Packed, groups have about equally many tokens. Padded, few positions are padding, and no group is larger than equal
+    numbers of rows would make the first one: memory is no more than without this. Rows of one length are cut into
+    groups whose sizes differ by at most one.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    rows = len(order)
+    if not 1 <= parts <= rows:
+        raise ValueError(f"{rows} rows cannot be cut into {parts} groups")
+    sizes = np.asarray(lengths, np.int64)[order].astype(np.float64)
+    first, end = np.arange(rows)[:, None], np.arange(1, rows + 1)
+    sums = np.concatenate([[0.0], np.cumsum(sizes)])
+    held = sums[end] - sums[first] if packed else (end - first) * sizes[first]
+    most = -(-rows // parts) * sizes[0]
+    # Squares, which spread what is held evenly, and where padding counts, before them the sum of what is held.
+    cost = np.where((end > first) & (held <= most), (held / most) ** 2 + (0 if packed else rows * held / most), np.inf)
+    best, cuts = np.concatenate([[0.0], np.full(rows, np.inf)]), []
+    for _ in range(parts):
+        through = best[:-1, None] + cost
+        cuts.append(through.argmin(0))
+        best = np.concatenate([[np.inf], through.min(0)])
+    groups, stop = [], rows
+    for starts in reversed(cuts):
+        start = int(starts[stop - 1])
+        groups.append(order[start:stop].tolist())
+        stop = start
+    return groups[::-1]
 
 
 class GroupedSampler(Sampler[int]):

@@ -18,8 +18,8 @@ import torch
 
 from protos.scores import Floats, Ids, Mode, ids_array
 
-from . import distributed
-from .batches import Row, completion_ids, split_by_length
+from . import distributed, packing
+from .batches import Row, completion_ids, cut
 from .checkpoints import on_policy_layout
 from .config import Config
 from .data import Example
@@ -102,7 +102,8 @@ class RolloutFeed:
             rollouts.sort(key=lambda r: len(r[0].ids))
             for first in range(0, len(rollouts), self.options.batch_size):
                 asked += self._ask(rollouts[first : first + self.options.batch_size])
-        parts = split_by_length([len(a.row.ids) for a in asked], len(micro_batches))
+        lengths = [len(a.row.ids) for a in asked]
+        parts = cut(lengths, len(micro_batches), packed=packing.packs(self.student.model))
         return [self._batch([asked[i] for i in part]) for part in reversed(parts)]
 
     def _sample(self, requests: Sequence[Request], step: int, mode: Mode) -> list[tuple[Row, Rollout]]:

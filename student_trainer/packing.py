@@ -52,6 +52,11 @@ def set_up(model: Any, packing: bool | str) -> Any:
     return model
 
 
+def packs(model: Any) -> bool:
+    """What was decided for `model`; one for which nothing was decided is padded."""
+    return bool(getattr(causal_model(model), "packs_rows", False))
+
+
 def forward_inputs(model: Any, rows: Sequence[Row], pad_id: int, device: torch.device) -> dict[str, Any]:
     """Keyword arguments for `model`, which accepted an objective: `input_ids` int64[B,L] (packed: [1, all tokens]),
     `places` int64[N], the flat positions that predict the completion tokens, and what attention needs.
@@ -59,7 +64,7 @@ def forward_inputs(model: Any, rows: Sequence[Row], pad_id: int, device: torch.d
     Completion tokens come in the order of `rows`, as `batches.completion_ids` gives them.
     """
     causal = causal_model(model)
-    if not getattr(causal, "packs_rows", False):
+    if not packs(model):
         padded = pad(rows, pad_id)
         return {"input_ids": _to(padded.input_ids, device), "places": _to(padded.places, device)}
     packed = pack(rows)

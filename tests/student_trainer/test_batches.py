@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from student_trainer.batches import GroupedSampler, Row, completion_tokens, pad, split_by_length
+from student_trainer.batches import GroupedSampler, Row, completion_tokens, cut, pad
 
 
 def some_rows(n: int = 9, seed: int = 0) -> list[Row]:
@@ -43,11 +44,36 @@ def test_a_prompt_of_one_token_is_predicted_from_its_only_position() -> None:
     assert padded.targets.tolist() == [8, 9]
 
 
-def test_parts_hold_every_row_once_with_the_longest_first() -> None:
-    lengths = [5, 1, 9, 3, 7, 2, 8]
-    parts = split_by_length(lengths, 3)
-    assert [lengths[i] for part in parts for i in part] == sorted(lengths, reverse=True)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+@pytest.mark.parametrize("packed", [True, False])
+def test_groups_hold_every_row_once_with_the_longest_first(packed: bool) -> None:
+    lengths = np.random.default_rng(2).integers(1, 400, 37).tolist()
+    for parts in (1, 5, 36, 37):
+        groups = cut(lengths, parts, packed=packed)
+        assert len(groups) == parts
+        assert all(groups)
+        assert [lengths[i] for group in groups for i in group] == sorted(lengths, reverse=True)
+    with pytest.raises(ValueError, match="37 rows cannot be cut into 38 groups"):
+        cut(lengths, 38, packed=packed)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_of_one_length_are_cut_into_equal_groups(packed: bool) -> None:
+    sizes = [len(group) for group in cut([7] * 22, 4, packed=packed)]
+    assert sorted(sizes) == [5, 5, 6, 6]
+
+
+def test_unequal_rows_are_cut_by_tokens_with_less_padding_and_no_more_memory() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        lengths = np.sort(np.exp(rng.uniform(4, 10, 32)).astype(np.int64))[::-1]
+        equal = [lengths[i : i + 4] for i in range(0, 32, 4)]
+        held = [4 * part[0] for part in equal]
+        padded = [len(g) * lengths[g[0]] for g in cut(lengths.tolist(), 8, packed=False)]
+        assert max(padded) <= max(held)
+        assert sum(padded) - lengths.sum() < 0.6 * (sum(held) - lengths.sum())
+        packed = [lengths[g].sum() for g in cut(lengths.tolist(), 8, packed=True)]
+        assert max(packed) <= max(part.sum() for part in equal)
+        assert max(packed) < lengths.sum() / 8 + lengths[0]
 
 
 def test_an_epoch_is_a_permutation_sorted_inside_each_global_batch() -> None:
