@@ -24,8 +24,9 @@ def accept_objective(model: Any) -> Any:
 
     Then the body alone runs, and the result is objective(hidden [N,H], head) with the hidden states at the flat
     positions `places` int64[N] of [B*L] and the LM head module: logits of the whole batch never exist. Because this
-    happens inside forward, DDP's and FSDP's hooks run as in any training. Without `objective`, forward is what it
-    was. Returns `model`.
+    happens inside forward, and the objective inside the head's own, the hooks of DDP, FSDP and ZeRO run as in any
+    training, and a head whose weight lies in shards is whole there. Without `objective`, forward is what it was.
+    Returns `model`.
     """
     causal = causal_model(model)
     for scaled in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
@@ -40,7 +41,19 @@ def accept_objective(model: Any) -> Any:
         if objective is None:
             return plain(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return objective(hidden.flatten(0, 1).index_select(0, places), self.get_output_embeddings())
+        return self.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places), objective)
 
     causal.forward = types.MethodType(forward, causal)
+    _accept_in_head(causal.get_output_embeddings())
     return model
+
+
+def _accept_in_head(head: Any) -> None:
+    """Lets head(hidden, objective) be objective(hidden, head), inside the head's forward."""
+    plain = head.forward.__func__
+
+    @functools.wraps(plain)
+    def forward(self: Any, hidden: Any, objective: Any = None) -> Any:
+        return plain(self, hidden) if objective is None else objective(hidden, self)
+
+    head.forward = types.MethodType(forward, head)
