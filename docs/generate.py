@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -29,7 +29,7 @@ def cell(text: str) -> str:
 def type_name(annotation: Any) -> str:
     """How a field's type reads in a table."""
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    text = re.sub(r"(typing\.|annotated_types\.|pathlib\.)", "", text)
+    text = re.sub(r"(typing\.|student_trainer\.config\.|annotated_types\.|pathlib\.)", "", text)
     text = re.sub(r"Annotated\[(\w+), .*\]", r"\1", text)
     return text.replace("Literal", "").replace("NoneType", "none").replace("None", "none")
 
@@ -37,16 +37,21 @@ def type_name(annotation: Any) -> str:
 def table_of(model: type[BaseModel], prefix: str = "") -> list[str]:
     """The fields of one pydantic model as rows: key, type, default, meaning."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
+    for plain, field in model.model_fields.items():
+        name = field.alias or plain
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             rows += table_of(inner, f"{prefix}{name}.")[2:]
             continue
         default = field.get_default(call_default_factory=True)
         shown = "none" if default is None else "" if default == "" else f"`{default}`"
+        shown = "required" if field.is_required() else shown
         meaning = cell(field.description or "")
         assert meaning, f"{model.__name__}.{name} has no docstring"
+        entries = [a for a in get_args(inner) if isinstance(a, type) and issubclass(a, BaseModel)]
         rows.append(f"| `{prefix}{name}` | {cell(type_name(field.annotation))} | {cell(shown)} | {meaning} |")
+        for entry in entries:
+            rows += table_of(entry, f"{prefix}{name}[].")[2:]
     return rows
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -23,7 +24,13 @@ MaxSteps = Annotated[int, Field(ge=-1)]
 class Section(BaseModel):
     """What all sections share: frozen, no unknown keys, documented fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        coerce_numbers_to_str=True,
+        serialize_by_alias=True,
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -31,6 +38,11 @@ class Section(BaseModel):
         if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation in (int, float):
             raise ValueError(f"a number is expected, got {str(value).lower()}")
         return value
+
+
+def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """The fields of a section by the keys that users write."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 class Models(Section):
@@ -217,6 +229,9 @@ class PolicyDistillation(Section):
     """T of the loss, applied once on both sides."""
     thinking_prob: Probability = 0.5
     """Probability that a prompt is answered in the thinking mode."""
+    on_policy_share: Probability = Field(default=1.0, alias="lambda")
+    """Share of the examples that train on the student's own completion; the others train on a response of the teacher
+    (stage 1's, or those of non_policy_distillation.dataset_path) with the same divergence (Agarwal et al., 2024)."""
     loss: Literal["reverse_kl", "forward_kl", "jsd", "policy_gradient"] = "reverse_kl"
     """Divergence that is minimised; policy_gradient uses the sampled token alone."""
     support: Literal["teacher", "student"] = "teacher"
@@ -236,6 +251,16 @@ class PolicyDistillation(Section):
     """Temperature at which the student samples; null takes the loss's temperature."""
     max_steps: MaxSteps = -1
     """Stop after this many optimiser steps; -1 goes by num_epochs."""
+
+    @model_validator(mode="after")
+    def _responses_have_an_estimator(self) -> PolicyDistillation:
+        if self.on_policy_share < 1 and (self.support == "student" or self.loss == "policy_gradient"):
+            what = "support student" if self.support == "student" else "loss policy_gradient"
+            raise ValueError(
+                f"{what} is an estimate on tokens that the student sampled, lambda {self.on_policy_share:g} trains on "
+                "the teacher's too; set lambda to 1, or loss and support to a divergence on the teacher's top_k"
+            )
+        return self
 
     @model_validator(mode="after")
     def _support_has_an_estimator(self) -> PolicyDistillation:
@@ -316,17 +341,18 @@ class Teacher(Section):
     server_args: list[str] = Field(default_factory=list)
     """Further command-line arguments of the server that the trainer starts itself."""
 
-    @model_validator(mode="after")
-    def _one_route_for_each(self) -> Teacher:
+    @field_validator("routes")
+    @classmethod
+    def _one_for_each(cls, routes: list[TeacherRoute]) -> list[TeacherRoute]:
         seen: set[tuple[str | None, str | None]] = set()
-        for route in self.routes:
+        for route in routes:
             if (route.mode, route.domain) in seen:
                 raise ValueError(
                     f"two routes are for mode {route.mode or 'any'} and domain {route.domain or 'any'}; keep one of "
                     "them, or give it both addresses as replicas: endpoint [a, b]"
                 )
             seen.add((route.mode, route.domain))
-        return self
+        return routes
 
 
 class Config(Section):

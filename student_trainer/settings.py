@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from student_trainer.config import Config
+from student_trainer.config import Config, keys
 from student_trainer.errors import UserError, one_line
 
 ENV_PREFIX = "STRONG2WEAK_"
@@ -179,10 +179,10 @@ def _check_known(path: KeyPath, source: str, problems: list[str]) -> bool:
     """Whether the configuration has this key; adds a problem with the nearest name where not."""
     model: type[BaseModel] = Config
     for depth, key in enumerate(path):
-        if key not in model.model_fields:
+        if key not in keys(model):
             problems.append(f"{source}: unknown key {'.'.join(path)}{_nearest(path, depth)}")
             return False
-        annotation = model.model_fields[key].annotation
+        annotation = keys(model)[key].annotation
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             if depth + 1 < len(path) and "dict" not in str(annotation):
                 problems.append(
@@ -216,7 +216,7 @@ def _all_keys() -> Iterator[str]:
     for section, field in Config.model_fields.items():
         yield section
         assert isinstance(field.annotation, type)
-        yield from (f"{section}.{key}" for key in field.annotation.model_fields)
+        yield from (f"{section}.{key}" for key in keys(field.annotation))
 
 
 def _render(error: ValidationError, origins: Mapping[KeyPath, str]) -> Iterator[str]:
@@ -227,11 +227,13 @@ def _render(error: ValidationError, origins: Mapping[KeyPath, str]) -> Iterator[
         value = problem.get("input")
         plain = problem["type"] != "value_error" and not isinstance(value, dict)
         got = f", got {json.dumps(value, default=str)}" if plain else ""
-        path = tuple(str(part) for part in problem["loc"])[:2]
+        place = problem["loc"]
+        deep = len(place) > 2 and isinstance(place[2], int)  # an entry of a list of routes
+        path = tuple(str(part) for part in place[: 4 if deep else 2])
         found.setdefault(path, ([], got))[0].append(message[:1].lower() + message[1:])
     for path, (messages, got) in found.items():
         named = (s for p, s in reversed(list(origins.items())) if p[: len(path)] == path and p[-1] in messages[0])
-        source = origins.get(path) or next(named, "configuration")
+        source = origins.get(path) or origins.get(path[:2]) or next(named, "configuration")
         yield f"{source}: {'.'.join(path)}: {' or '.join(messages)}{got}"
 
 
@@ -243,10 +245,10 @@ def to_yaml(config: Config, comments: bool = False) -> str:
             lines += ["", *_comment(field.description, "")]
         lines.append(f"{name}:")
         section = getattr(config, name)
-        for key, inner in type(section).model_fields.items():
+        for plain, inner in type(section).model_fields.items():
             if comments:
                 lines += _comment(inner.description, "  ")
-            lines.append(f"  {key}: {_scalar(getattr(section, key))}")
+            lines.append(f"  {inner.alias or plain}: {_scalar(getattr(section, plain))}")
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
@@ -259,6 +261,8 @@ def _scalar(value: Any) -> str:
     if isinstance(value, float):
         mantissa, e, exponent = repr(value).partition("e")
         return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else mantissa
+    if isinstance(value, BaseModel):
+        return _scalar(value.model_dump(mode="json", exclude_none=True))
     if isinstance(value, list):
         return f"[{', '.join(map(_scalar, value))}]"
     if isinstance(value, dict):

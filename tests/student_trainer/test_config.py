@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.config import Config
+from student_trainer.config import Config, TeacherRoute
 from student_trainer.errors import UserError
 from student_trainer.settings import _all_keys, create_config, load_config, to_yaml
 
@@ -84,6 +84,12 @@ def test_the_command_line_wins_over_environment_over_file_over_defaults(folder: 
     assert (got.learning_rate, got.temperature, got.top_k, got.num_epochs) == (3e-6, 1.5, 3, 5)
 
 
+def test_lambda_goes_by_its_name_wherever_a_configuration_is_kept(folder: Path) -> None:
+    config = load_config(write(folder, "policy_distillation: {lambda: 0.25}"), [], {})
+    assert config.policy_distillation.on_policy_share == 0.25
+    assert config.model_dump(mode="json")["policy_distillation"]["lambda"] == 0.25
+
+
 def test_flags_win_over_settings(folder: Path) -> None:
     config = load_config(None, ["training.resume=false"], {}, {("training", "resume"): "outputs/x"})
     assert config.training.resume == "outputs/x"
@@ -108,6 +114,7 @@ def test_json_is_read_whatever_its_name(folder: Path, name: str) -> None:
         ("teacher.endpoint=127.0.0.1:50051", "127.0.0.1:50051"),
         ("teacher.endpoint=[grpc://a:1, http://b:2]", ["grpc://a:1", "http://b:2"]),
         ("teacher.endpoint=null", None),
+        ("teacher.routes=[{endpoint: a:1, mode: thinking}]", [TeacherRoute(endpoint="a:1", mode="thinking")]),
         ("data.system_prompt=You are: helpful # really", "You are: helpful # really"),
         ('data.system_prompt="a\\nb"', "a\nb"),
         ("data.data_path=my data/x=1.json", "my data/x=1.json"),
@@ -167,6 +174,20 @@ def test_every_source_is_named(folder: Path) -> None:
         ("teacher.endpoint=3.5x: y", None),
         ("teacher.endpoint={a: 1}", "should be a valid string or should be a valid list"),
         ("teacher.endpoint=[]", "an address is empty"),
+        ("teacher.routes=[{endpoint: a:1}]", "teacher.routes.0: a route needs a mode, a domain or both"),
+        ("teacher.routes=[{mode: thinking}]", "teacher.routes.0.endpoint: field required"),
+        ("teacher.routes=[{endpoint: '', domain: a}]", "teacher.routes.0.endpoint: an address is empty"),
+        (
+            "teacher.routes=[{endpoint: a:1, mode: both}]",
+            "teacher.routes.0.mode: should be 'thinking' or 'non_thinking'",
+        ),
+        ("teacher.routes=[{endpoint: a:1, domian: a}]", "teacher.routes.0.domian: extra inputs are not permitted"),
+        (
+            "teacher.routes=[{endpoint: a:1, domain: m}, {endpoint: b:1, domain: m}]",
+            "two routes are for mode any and domain m; keep one of them, or give it both addresses as replicas",
+        ),
+        ("policy_distillation.lambda=1.5", "policy_distillation.lambda: should be less than or equal to 1, got 1.5"),
+        ("policy_distillation.on_policy_share=1", "unknown key policy_distillation.on_policy_share"),
         ("policy_distillation={a: 1}", "unknown key policy_distillation.a"),
     ],
 )
@@ -189,6 +210,8 @@ def test_combinations_that_make_no_sense_are_refused(folder: Path) -> None:
     for name, value in (("support", "student"), ("loss", "policy_gradient")):
         (line,) = lines(overrides=["policy_distillation.distribution=full", f"policy_distillation.{name}={value}"])
         assert f"{name} {value} estimates what distribution full knows exactly" in line
+        (line,) = lines(overrides=["policy_distillation.lambda=0.5", f"policy_distillation.{name}={value}"])
+        assert f"{name} {value} is an estimate on tokens that the student sampled, lambda 0.5 trains on" in line
     off = "non_policy_distillation"
     (line,) = lines(overrides=[f"{off}.distribution=full", f"{off}.alpha=0", f"{off}.beta=1"])
     assert "alpha is 0, so the teacher's distribution is not used" in line
@@ -257,6 +280,11 @@ def test_a_configuration_is_frozen() -> None:
             "data.system_prompt": st.none() | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"])),
             "training.resume": st.booleans() | st.just("a: b # c"),
             "teacher.endpoint": st.none() | st.lists(st.just("h:1"), min_size=1),
+            "teacher.routes": st.lists(
+                st.fixed_dictionaries({"endpoint": st.just("h:1"), "domain": st.sampled_from(["a: b", "null", "1"])}),
+                max_size=1,
+            ),
+            "policy_distillation.lambda": st.floats(0, 1),
             "training.extra": st.dictionaries(st.sampled_from("abc"), st.floats(allow_nan=False, allow_infinity=False)),
         },
     )
