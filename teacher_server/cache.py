@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from protos.scores import Scores, ScoreSpec, Sequence
+from teacher_server.scheduling import Unit
 
 Key = bytes
 
@@ -71,6 +72,8 @@ class Flight:
     def __init__(self, task: asyncio.Task[Scores]) -> None:
         self.task = task
         self.waiters = 0
+        self.unit: Unit | None = None
+        """Its place in the queue, which those who join it may claim too."""
 
 
 class Flights:

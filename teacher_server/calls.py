@@ -11,9 +11,10 @@ from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from protos.errors import DeadlineExceeded, TeacherError, TeacherFailed, Unavailable
+from protos.errors import DeadlineExceeded, Overloaded, TeacherError, TeacherFailed, Unavailable
 from teacher_server.auth import Caller
 from teacher_server.metrics import Metrics
+from teacher_server.usage import UsageByClient
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -69,8 +70,9 @@ class Call:
 class Calls:
     """All calls in progress."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, usage: UsageByClient) -> None:
         self._metrics = metrics
+        self._usage = usage
         self._open: set[Call] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -106,10 +108,14 @@ class Calls:
         self._open.add(call)
         self._idle.clear()
         self._metrics.in_flight.labels(method).inc()
+        usage = self._usage.of(caller.name)
+        usage.score_calls += method == "score"
+        usage.generate_calls += method == "generate"
         try:
             yield call
         except TeacherError as error:
             outcome = error.reason
+            self._usage.of(caller.name).overloaded += isinstance(error, Overloaded)
             log.info(
                 "%s of %s refused or failed: %s (request %s)", method, caller.shown, error.message, caller.request_id
             )

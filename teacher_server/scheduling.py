@@ -1,33 +1,39 @@
 """Admission and order: how much may wait, whose turn it is, and how much the engine holds at a time.
 
 A call's units (one sequence to score, or one prompt to complete) are admitted together or refused together with
-Overloaded. Each lane (scoring, generation) keeps one FIFO queue a client and serves the client that has been given the
-least so far, in tokens: a round robin where units are of one size, and fair where they are not. It knows no request,
-no engine and no transport.
+Overloaded. Each lane (scoring, generation) keeps one FIFO queue a client and as much submitted as its engine needs to
+be busy and no more; `fairness.py` says which client is next, `sharing.py` how much each may have waiting. It knows no
+request, no engine and no transport.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from protos.errors import Overloaded
+from teacher_server.fairness import Ledger
+from teacher_server.sharing import Pool
 
-RATE_WINDOW_S = 30.0
-MIN_RETRY_S, MAX_RETRY_S = 0.2, 60.0
+Tokens = int | Callable[[], int]
+"""A number of tokens, or what gives it when the unit's turn comes."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`work`: tokens that the unit keeps the engine busy with, the currency of admission; `load`: tokens that it takes
-    of the lane's capacity, or what gives their number when the unit's turn comes."""
+    """What a unit takes, in tokens.
+
+    `work` keeps the engine busy and is the currency of admission; `load` is taken of the lane's capacity, and `charge`
+    of the client's account when its turn comes (None: as much as `load`).
+    """
 
     work: int
-    load: int | Callable[[], int]
+    load: Tokens
+    charge: Tokens | None = None
 
 
 @dataclass(eq=False)
@@ -39,17 +45,19 @@ class Unit:
     lane: Lane
     turn: asyncio.Future[None]
     admitted_at: float
+    claims: list[str] = field(default_factory=list)
+    """Clients in whose queues it waits; empty once it runs."""
+    payer: str = ""
+    """The client whose turn it took; empty until it runs."""
     load: int = 0
-    running: bool = False
+    charged: int = 0
+    spent: int | None = None
     closed: bool = False
 
-
-@dataclass(eq=False)
-class _Queue:
-    """Waiting units of one client; `served` is its virtual time in tokens."""
-
-    served: float
-    units: deque[Unit] = field(default_factory=deque)
+    @property
+    def running(self) -> bool:
+        """Whether it has had its turn."""
+        return bool(self.payer)
 
 
 class Lane:
@@ -58,91 +66,113 @@ class Lane:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.submitted = 0
-        self._queues: dict[str, _Queue] = {}
-        self._virtual_time = 0.0
+        self.queues: OrderedDict[str, OrderedDict[Unit, None]] = OrderedDict()
+        """Waiting units by client, the client next in turn first; no queue is empty."""
 
-    def push(self, unit: Unit) -> None:
-        """Appends to the client's queue; a client that was idle starts at the present virtual time."""
-        self._queues.setdefault(unit.client, _Queue(self._virtual_time)).units.append(unit)
+    def push(self, name: str, unit: Unit) -> None:
+        """Appends to a client's queue."""
+        unit.claims.append(name)
+        self.queues.setdefault(name, OrderedDict())[unit] = None
 
-    def pump(self) -> None:
-        """Gives turns while there is room; the next unit in order is never overtaken by a smaller one."""
-        while self._queues:
-            name, queue = min(self._queues.items(), key=lambda item: item[1].served)
-            unit = queue.units[0]
-            if not unit.turn.done():
-                unit.load = unit.cost.load if isinstance(unit.cost.load, int) else unit.cost.load()
-                if self.submitted and self.submitted + unit.load > self.capacity:
-                    return
-                self._virtual_time = queue.served
-                queue.served += unit.load
-                self.submitted += unit.load
-                unit.running = True
-                unit.turn.set_result(None)
-            queue.units.popleft()
-            if not queue.units:
-                del self._queues[name]
-
-    def drop(self, unit: Unit) -> None:
-        """Takes back what the unit held: its room if it ran, its place in the queue if it waited."""
-        if unit.running:
-            self.submitted -= unit.load
-            return
-        queue = self._queues.get(unit.client)
-        if queue is not None and unit in queue.units:
-            queue.units.remove(unit)
-            if not queue.units:
-                del self._queues[unit.client]
+    def take(self, unit: Unit) -> list[str]:
+        """Removes a unit from every queue; those were the queues of these clients."""
+        claims, unit.claims = unit.claims, []
+        for name in claims:
+            del self.queues[name][unit]
+            if not self.queues[name]:
+                del self.queues[name]
+        return claims
 
 
 class Scheduler:
     """Admits units up to `queue_tokens` of work and `queue_units` of them, running ones included."""
 
     def __init__(self, queue_tokens: int, queue_units: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.queue_tokens = queue_tokens
-        self.queue_units = queue_units
-        self.tokens = 0
-        """Tokens of work admitted and not finished."""
-        self.units = 0
-        """Units admitted and not finished."""
         self._clock = clock
-        self._finished: deque[tuple[float, int]] = deque()
+        self._tokens = Pool(queue_tokens, clock)
+        self._units = Pool(queue_units, clock)
+        self._ledger = Ledger()
 
-    def admit(self, lane: Lane, client: str, costs: Iterable[Cost]) -> list[Unit]:
-        """Units for all of `costs`, queued in order; Overloaded with a delay where they do not fit beside the others.
+    @property
+    def tokens(self) -> int:
+        """Tokens of work admitted and not finished."""
+        return self._tokens.held
 
-        A call that is larger than the whole queue is admitted when nothing else is there.
+    @property
+    def units(self) -> int:
+        """Units admitted and not finished."""
+        return self._units.held
+
+    @property
+    def tokens_by_client(self) -> dict[str, int]:
+        """Tokens of work admitted and not finished, of each client that has some."""
+        return dict(self._tokens.by_client)
+
+    def admit(self, lane: Lane, client: str, costs: Iterable[Cost], weight: float = 1.0) -> list[Unit]:
+        """Units for all of `costs`, queued in order; Overloaded where they do not fit beside what is there.
+
+        Its delay is the time in which, at the rate of the last half minute of work, enough is finished.
         """
         costs = list(costs)
         work = sum(cost.work for cost in costs)
-        if self.units and (self.tokens + work > self.queue_tokens or self.units + len(costs) > self.queue_units):
+        tokens = self._tokens.excess(client, weight, work)
+        units = self._units.excess(client, weight, len(costs))
+        if tokens or units:
+            own = self._tokens.by_client.get(client, 0), self._units.by_client.get(client, 0)
             raise Overloaded(
-                f"the queue holds {self.tokens} of {self.queue_tokens} tokens and {self.units} of {self.queue_units} "
-                f"sequences; {work} tokens in {len(costs)} sequences do not fit now, retry later",
-                retry_after_s=self._delay(work, len(costs)),
+                f"the queue holds {self.tokens} of {self._tokens.limit} tokens and {self.units} of {self._units.limit} "
+                f"sequences, {own[0]} and {own[1]} of them this client's; {work} tokens in {len(costs)} sequences do "
+                "not fit now, retry later",
+                retry_after_s=max(self._tokens.delay(tokens), self._units.delay(units)),
             )
+        return self._enqueue(lane, client, costs, weight)
+
+    def admit_late(self, lane: Lane, client: str, cost: Cost, weight: float = 1.0) -> Unit:
+        """A unit of a call that is in progress already and cannot be refused any more."""
+        return self._enqueue(lane, client, [cost], weight)[0]
+
+    def _enqueue(self, lane: Lane, client: str, costs: list[Cost], weight: float) -> list[Unit]:
         now, loop = self._clock(), asyncio.get_running_loop()
         units = [Unit(client, cost, lane, loop.create_future(), now) for cost in costs]
-        self.tokens += work
-        self.units += len(units)
         for unit in units:
-            lane.push(unit)
-        lane.pump()
+            self._tokens.take(client, unit.cost.work)
+            self._units.take(client, 1)
+            lane.push(client, unit)
+            self._ledger.waits(client, weight)
+        self._pump(lane)
         return units
+
+    def claim(self, unit: Unit, client: str, weight: float = 1.0) -> None:
+        """Lets a unit that waits also wait in another client's queue, whose turn may come first and then pays."""
+        if unit.claims and client not in unit.claims:
+            unit.lane.push(client, unit)
+            self._ledger.waits(client, weight)
+            self._pump(unit.lane)
+
+    def spend(self, unit: Unit, tokens: int) -> None:
+        """What a running unit has really cost so far; only then is it corrected at the end, down as well as up."""
+        unit.spent = tokens
+        if tokens > unit.charged:
+            self._ledger.charge(unit.payer, tokens - unit.charged)
+            unit.charged = tokens
 
     def close(self, unit: Unit) -> None:
         """Ends a unit, finished or not; doing it twice is harmless."""
         if unit.closed:
             return
         unit.closed = True
-        unit.lane.drop(unit)
+        if unit.running:
+            unit.lane.submitted -= unit.load
+            if unit.spent is not None:
+                self._ledger.charge(unit.payer, unit.spent - unit.charged)
+            self._ledger.ends(unit.payer)
+        for name in unit.lane.take(unit):
+            self._ledger.leaves(name)
         if not unit.turn.done():
             unit.turn.cancel()
-        self.tokens -= unit.cost.work
-        self.units -= 1
-        if unit.running:
-            self._finished.append((self._clock(), unit.cost.work))
-        unit.lane.pump()
+        self._tokens.give(unit.client, unit.cost.work, finished=unit.running)
+        self._units.give(unit.client, 1, finished=unit.running)
+        self._pump(unit.lane)
 
     def follow(self, unit: Unit, task: asyncio.Task[Any]) -> None:
         """Closes a unit when `task` ends, in whatever way, even before it began."""
@@ -152,16 +182,32 @@ class Scheduler:
         """Seconds since admission."""
         return self._clock() - unit.admitted_at
 
-    def _delay(self, work: int, units: int) -> float:
-        """Seconds until enough has drained at the rate of the last half minute; 1 where nothing finished in it."""
-        now = self._clock()
-        while self._finished and self._finished[0][0] < now - RATE_WINDOW_S:
-            self._finished.popleft()
-        if not self._finished:
-            return 1.0
-        span = max(now - self._finished[0][0], 0.05)
-        tokens_per_s = max(sum(tokens for _, tokens in self._finished) / span, 1e-9)
-        units_per_s = len(self._finished) / span
-        over_tokens = max(0, self.tokens + work - self.queue_tokens)
-        over_units = max(0, self.units + units - self.queue_units)
-        return min(MAX_RETRY_S, max(MIN_RETRY_S, over_tokens / tokens_per_s, over_units / units_per_s))
+    def _pump(self, lane: Lane) -> None:
+        """Gives turns while there is room; the next unit in order is never overtaken by a smaller one."""
+        while lane.queues and (lane.submitted < lane.capacity or not lane.submitted):
+            name = self._ledger.turn(lane.queues)
+            unit = next(iter(lane.queues[name]))
+            if unit.turn.done():  # who waited for it went away, and its end is about to be told
+                for claim in lane.take(unit):
+                    self._ledger.leaves(claim)
+                continue
+            load = _tokens(unit.cost.load)
+            if lane.submitted and lane.submitted + load > lane.capacity:
+                return
+            self._begin(unit, name, load)
+
+    def _begin(self, unit: Unit, name: str, load: int) -> None:
+        lane = unit.lane
+        lane.queues.move_to_end(name)
+        for claim in lane.take(unit):
+            if claim != name:
+                self._ledger.leaves(claim)
+        unit.payer, unit.load = name, load
+        unit.charged = load if unit.cost.charge is None else _tokens(unit.cost.charge)
+        lane.submitted += load
+        self._ledger.begins(name, unit.charged)
+        unit.turn.set_result(None)
+
+
+def _tokens(number: Tokens) -> int:
+    return number if isinstance(number, int) else number()

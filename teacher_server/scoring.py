@@ -16,6 +16,7 @@ from teacher_server.backends.base import Backend
 from teacher_server.cache import Flight, Flights, Key, ScoreCache, score_key
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
+from teacher_server.usage import UsageByClient
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +24,13 @@ log = logging.getLogger(__name__)
 class Scoring:
     """Answers sequences from the cache, from what is in flight, or from the engine in its lane's order."""
 
-    def __init__(self, scheduler: Scheduler, lane: Lane, metrics: Metrics, cache_bytes: int, share: bool) -> None:
+    def __init__(
+        self, scheduler: Scheduler, lane: Lane, metrics: Metrics, usage: UsageByClient, cache_bytes: int, share: bool
+    ) -> None:
         self._scheduler = scheduler
         self._lane = lane
         self._metrics = metrics
+        self._usage = usage
         self._share = share
         self._cache = ScoreCache(cache_bytes if share else 0)
         self._flights = Flights()
@@ -53,19 +57,27 @@ class Scoring:
             if key not in self._flights:
                 new.setdefault(key, sequence)
         sizes = [len(sequence.token_ids) for sequence in new.values()]
-        units = dict(zip(new, self._scheduler.admit(self._lane, caller.name, [Cost(n, n) for n in sizes]), strict=True))
+        costs = [Cost(n, n) for n in sizes]
+        units = dict(zip(new, self._scheduler.admit(self._lane, caller.name, costs, caller.weight), strict=True))
         flights = []
+        usage = self._usage.of(caller.name)
         for index in waiting:
             key, sequence = keys[index], request.sequences[index]
             unit = units.pop(key, None)
             if unit is None:
                 flight = self._flights.join(key)
                 self._metrics.joined_tokens.inc(len(sequence.token_ids))
+                usage.joined_tokens += len(sequence.token_ids)
+                if flight.unit is not None:
+                    self._scheduler.claim(flight.unit, caller.name, caller.weight)
             else:
                 flight = self._flights.start(key, self._compute(backend, unit, key, sequence, request.spec, caller))
+                flight.unit = unit
                 self._scheduler.follow(unit, flight.task)
             flights.append((index, flight))
-        self._metrics.cached_tokens.inc(sum(len(request.sequences[index].token_ids) for index, _ in known))
+        cached = sum(len(request.sequences[index].token_ids) for index, _ in known)
+        self._metrics.cached_tokens.inc(cached)
+        usage.cached_tokens += cached
         return known, flights
 
     def leave(self, flight: Flight) -> None:
@@ -90,6 +102,7 @@ class Scoring:
             log.exception("the engine failed on a sequence of %s (request %s)", caller.name, caller.request_id)
             raise TeacherFailed from error
         self._metrics.scored_tokens.inc(len(sequence.token_ids))
+        self._usage.of(unit.payer).scored_tokens += len(sequence.token_ids)
         if scores.hidden_states is None:  # one sequence of them would push out the scores of a thousand others
             self._cache.put(key, scores)
         return scores

@@ -25,6 +25,7 @@ from teacher_server.lengths import Lengths
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
 from teacher_server.scoring import Scoring
+from teacher_server.usage import UsageByClient
 
 SLACK = 1.25
 """Times what the engine generates at once that is submitted, so that whatever ends is followed at once."""
@@ -65,12 +66,15 @@ class TeacherService:
         self.metrics = metrics
         self.state = State.LOADING
         self._backend: Backend | None = None
-        self._calls = Calls(metrics)
+        usage = UsageByClient()
+        self._calls = Calls(metrics, usage)
         self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences)
         self._score_lane, self._generate_lane = Lane(0), Lane(0)
         self._room, self._lengths = Room(1, 1), Lengths()
-        self._scoring = Scoring(self._scheduler, self._score_lane, metrics, settings.cache_bytes, settings.cache)
+        self._scoring = Scoring(self._scheduler, self._score_lane, metrics, usage, settings.cache_bytes, settings.cache)
         self._hidden = HiddenBudget(settings.hidden_bytes)
+        self.usage = usage
+        """What each client has had."""
         metrics.queue_tokens.set_function(lambda: self._scheduler.tokens)
         metrics.queue_sequences.set_function(lambda: self._scheduler.units)
         metrics.hidden_bytes.set_function(lambda: self._hidden.held)
@@ -150,7 +154,7 @@ class TeacherService:
                 check = asyncio.to_thread(checks.check_score, request, backend.info)
                 await call.within(check, "the call unchecked")
                 self._open_backend()
-            with self._hidden.hold(request, backend.info) as hold:
+            with self._hidden.hold(request, backend.info, caller) as hold:
                 known, waiting = self._scoring.begin(backend, request, caller)
                 flights, landed = dict(waiting), Landed()
                 del waiting
@@ -192,16 +196,13 @@ class TeacherService:
                 checks.check_prompt(index, prompts[-1], max_tokens, info)
                 await asyncio.sleep(0)
             checks.check_request_tokens(sum(len(ids) for ids in prompts), info)
-            costs = [
-                Cost(len(ids) + request.n * max_tokens, functools.partial(self._load, len(ids), request, mode))
-                for ids, mode in zip(prompts, modes, strict=True)
-            ]
+            costs = [self._cost(len(ids), request, mode) for ids, mode in zip(prompts, modes, strict=True)]
             self._open_backend()
-            units = self._scheduler.admit(self._generate_lane, caller.name, costs)
+            units = self._scheduler.admit(self._generate_lane, caller.name, costs, caller.weight)
             merged = Merged()
             try:
                 for index, (unit, ids, mode) in enumerate(zip(units, prompts, modes, strict=True)):
-                    task = merged.start(self._complete(backend, request, merged, unit, index, ids, mode))
+                    task = merged.start(self._complete(backend, request, merged, unit, index, ids, mode, caller))
                     self._scheduler.follow(unit, task)
                 unfinished = len(prompts) * request.n
                 while unfinished:
@@ -213,11 +214,20 @@ class TeacherService:
             finally:
                 await merged.close()
 
-    def _load(self, prompt_tokens: int, request: GenerateRequest, mode: Mode | None) -> int:
-        """Tokens of the engine's room that a prompt's completions will take; each takes a row's share at least."""
-        each = self._lengths.expected(mode, request.sampling.max_tokens)
-        row = self._room.tokens // max(1, self._room.completions)
-        return max(prompt_tokens + request.n * each, request.n * row)
+    def _cost(self, prompt_tokens: int, request: GenerateRequest, mode: Mode | None) -> Cost:
+        """What a prompt and its completions are expected to take; each has a row's part of the room at least."""
+
+        def tokens() -> int:
+            return prompt_tokens + request.n * self._lengths.expected(mode, request.sampling.max_tokens)
+
+        def load() -> int:
+            return max(tokens(), request.n * (self._room.tokens // max(1, self._room.completions)))
+
+        return Cost(tokens(), load, tokens)
+
+    def load_by_client(self) -> dict[str, int]:
+        """Tokens of work admitted and not finished, of each client that has some."""
+        return self._scheduler.tokens_by_client
 
     async def _complete(
         self,
@@ -228,16 +238,22 @@ class TeacherService:
         index: int,
         prompt_ids: Ids,
         mode: Mode | None,
+        caller: Caller,
     ) -> None:
-        """Produces one prompt's deltas once it is its turn."""
+        """Produces one prompt's deltas once it is its turn, and charges the client for what they really are."""
         await unit.turn
         name = mode.value if mode else "none"
         self.metrics.queue_seconds.labels("generate").observe(self._scheduler.waited(unit))
         self.metrics.prompt_tokens.labels(name).inc(len(prompt_ids))
+        usage = self.usage.of(caller.name)
+        usage.prompt_tokens += len(prompt_ids)
         tokens = [0] * request.n
+        self._scheduler.spend(unit, len(prompt_ids))
         async for delta in complete(backend, request, index, prompt_ids, mode):
             self.metrics.generated_tokens.labels(name).inc(len(delta.token_ids))
             tokens[delta.sample_index] += len(delta.token_ids)
+            usage.generated_tokens += len(delta.token_ids)
+            self._scheduler.spend(unit, len(prompt_ids) + sum(tokens))
             if delta.finish_reason is not None:
                 self._lengths.observe(mode, tokens[delta.sample_index], request.sampling.max_tokens)
             merged.put(delta)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from protos.errors import Overloaded
+from teacher_server.fairness import QUANTUM
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
 
 
@@ -61,44 +62,125 @@ async def test_a_unit_larger_than_the_lane_runs_alone() -> None:
     assert running(units[1:]) == [True]
 
 
+async def served(units: dict[str, list[Unit]], scheduler: Scheduler, turns: int) -> list[str]:
+    """Whose units run, one after the other, over that many turns of a lane that holds one unit."""
+    order = []
+    for _ in range(turns):
+        unit = next(unit for queue in units.values() for unit in queue if unit.running and not unit.closed)
+        order.append(unit.payer)
+        scheduler.close(unit)
+    return order
+
+
 @on_a_loop
 async def test_clients_take_turns() -> None:
-    scheduler, lane = Scheduler(10_000, 1000), Lane(10)
-    units = {name: scheduler.admit(lane, name, costs(*[10] * 4)) for name in ("a", "b", "c")}
-    order = []
-    while left := [(name, unit) for name, queue in units.items() for unit in queue if not unit.closed]:
-        name, unit = next((name, unit) for name, unit in left if unit.running)
-        order.append(name)
-        scheduler.close(unit)
-    assert order == ["a", *"bcabcabcabc"]
+    scheduler, lane = Scheduler(100_000, 1000), Lane(100)
+    units = {name: scheduler.admit(lane, name, costs(*[100] * 10)) for name in "abc"}
+    order = await served(units, scheduler, 30)
+    for end in range(1, 28):
+        counts = [order[:end].count(name) for name in "abc"]
+        assert max(counts) - min(counts) <= 2, order
 
 
 @on_a_loop
 async def test_turns_are_fair_in_tokens_where_sequences_differ() -> None:
-    scheduler, lane = Scheduler(100_000, 1000), Lane(10)
-    long = scheduler.admit(lane, "long", costs(*[100] * 10))
-    short = scheduler.admit(lane, "short", costs(*[10] * 100))
-    given = {"long": 0, "short": 0}
-    for _ in range(60):
-        unit = next(unit for unit in (*long, *short) if unit.running and not unit.closed)
-        given[unit.client] += unit.cost.load
-        scheduler.close(unit)
-    assert abs(given["long"] - given["short"]) <= 100
+    scheduler, lane = Scheduler(1_000_000, 1000), Lane(10)
+    units = {"long": scheduler.admit(lane, "long", costs(*[1000] * 10))}
+    units["short"] = scheduler.admit(lane, "short", costs(*[100] * 100))
+    order = await served(units, scheduler, 80)
+    assert abs(order.count("long") * 1000 - order.count("short") * 100) <= 1000 + QUANTUM
+
+
+@on_a_loop
+async def test_a_client_gets_its_weight_of_the_tokens() -> None:
+    scheduler, lane = Scheduler(1_000_000, 1000), Lane(10)
+    units = {"one": scheduler.admit(lane, "one", costs(*[100] * 100))}
+    units["three"] = scheduler.admit(lane, "three", costs(*[100] * 100), weight=3.0)
+    order = await served(units, scheduler, 80)
+    assert order.count("three") == pytest.approx(60, abs=2)
 
 
 @on_a_loop
 async def test_a_client_that_comes_late_owes_nothing_and_is_owed_nothing() -> None:
-    scheduler, lane = Scheduler(100_000, 1000), Lane(10)
-    early = scheduler.admit(lane, "early", costs(*[10] * 50))
-    for unit in early[:20]:
-        scheduler.close(unit)
-    late = scheduler.admit(lane, "late", costs(*[10] * 10))
-    order = []
-    for _ in range(10):
-        unit = next(unit for unit in (*early, *late) if unit.running and not unit.closed)
-        order.append(unit.client)
-        scheduler.close(unit)
+    scheduler, lane = Scheduler(1_000_000, 1000), Lane(10)
+    units = {"early": scheduler.admit(lane, "early", costs(*[100] * 50))}
+    await served(units, scheduler, 20)
+    units["late"] = scheduler.admit(lane, "late", costs(*[100] * 10))
+    order = await served(units, scheduler, 10)
     assert 4 <= order.count("late") <= 6
+
+
+@on_a_loop
+async def test_a_client_that_comes_and_goes_pays_for_its_last_long_sequence_first() -> None:
+    """One long sequence at a time, asked for again when it is done, is no way to more than one's part."""
+    scheduler, lane = Scheduler(1_000_000, 1000), Lane(10)
+    units = {"busy": scheduler.admit(lane, "busy", costs(*[100] * 300))}
+    given = {"busy": 0, "comes and goes": 0}
+    for _ in range(200):
+        if all(unit.closed for unit in units.get("comes and goes", [])):
+            units["comes and goes"] = scheduler.admit(lane, "comes and goes", costs(1000))
+        running = next(unit for queue in units.values() for unit in queue if unit.running and not unit.closed)
+        given[running.payer] += running.load
+        scheduler.close(running)
+    assert abs(given["busy"] - given["comes and goes"]) <= 2000, given
+
+
+@on_a_loop
+async def test_both_lanes_are_paid_from_one_account() -> None:
+    """What generates and scores gets no more in all than what scores alone, each lane being fair for itself or not."""
+    scheduler, score, generate = Scheduler(1_000_000, 10_000), Lane(100), Lane(100)
+    both = scheduler.admit(score, "both", costs(*[100] * 500))
+    both += [scheduler.admit_late(generate, "both", cost) for cost in costs(*[100] * 100)]
+    alone = scheduler.admit(score, "alone", costs(*[100] * 500))
+    given = {"both": 0, "alone": 0}
+    for _ in range(60):  # each lane finishes one unit at a time
+        for unit in [unit for unit in (*both, *alone) if unit.running and not unit.closed]:
+            given[unit.payer] += unit.load
+            scheduler.close(unit)
+    assert abs(given["both"] - given["alone"]) <= 300, given
+
+
+@on_a_loop
+async def test_a_generation_costs_what_it_really_produced() -> None:
+    """Two clients expect 1000 tokens of each prompt; one's completions end after 100."""
+    scheduler, lane = Scheduler(10_000_000, 10_000), Lane(1000)
+    units = {name: scheduler.admit(lane, name, costs(*[1000] * 500)) for name in ("short", "long")}
+    real = {"short": 100, "long": 1000}
+    given = {"short": 0, "long": 0}
+    for _ in range(220):
+        unit = next(unit for queue in units.values() for unit in queue if unit.running and not unit.closed)
+        for tokens in range(0, real[unit.payer] + 1, 50):
+            scheduler.spend(unit, tokens)
+        given[unit.payer] += real[unit.payer]
+        scheduler.close(unit)
+    assert abs(given["short"] - given["long"]) <= 2000, given
+    assert given["long"] > 10_000
+
+
+@on_a_loop
+async def test_more_than_was_expected_is_charged_as_it_comes() -> None:
+    scheduler, lane = Scheduler(1_000_000, 10_000), Lane(1000)
+    (endless,) = scheduler.admit(lane, "endless", costs(1000))
+    endless.load = lane.submitted = 0  # room for others beside it
+    scheduler.spend(endless, 50_000)
+    other = scheduler.admit(lane, "other", costs(*[500] * 10))
+    mine = scheduler.admit(lane, "endless", costs(*[500] * 10))
+    order = await served({"other": other, "endless": mine}, scheduler, 11)
+    assert order == [*["other"] * 10, "endless"], "its debt is let go once nobody else waits"
+
+
+@on_a_loop
+async def test_who_joins_a_waiting_computation_does_not_wait_in_the_others_queue() -> None:
+    scheduler, lane = Scheduler(1_000_000, 10_000), Lane(10)
+    greedy = scheduler.admit(lane, "greedy", costs(*[100] * 100))
+    scheduler.claim(greedy[99], "modest")
+    scheduler.claim(greedy[0], "modest")
+    order = await served({"greedy": greedy}, scheduler, 3)
+    assert greedy[99].closed
+    assert order.count("modest") == 1
+    for unit in greedy:
+        scheduler.close(unit)
+    assert (scheduler.tokens, lane.submitted, len(scheduler._ledger)) == (0, 0, 0)
 
 
 @on_a_loop
@@ -127,7 +209,9 @@ async def test_lanes_do_not_wait_for_each_other() -> None:
 async def test_a_call_is_admitted_whole_or_not_at_all() -> None:
     scheduler, lane = Scheduler(100, 100), Lane(1000)
     scheduler.admit(lane, "a", costs(60))
-    with pytest.raises(Overloaded, match="60 of 100 tokens and 1 of 100 sequences; 50 tokens in 2 sequences"):
+    with pytest.raises(
+        Overloaded, match="60 of 100 tokens and 1 of 100 sequences, 0 and 0 .* 50 tokens in 2 sequences"
+    ):
         scheduler.admit(lane, "b", costs(20, 30))
     assert (scheduler.tokens, scheduler.units) == (60, 1)
     assert running(scheduler.admit(lane, "b", costs(40))) == [True]
@@ -164,7 +248,53 @@ async def test_the_delay_comes_from_how_fast_the_queue_drains() -> None:
     clock.now += 5
     with pytest.raises(Overloaded) as caught:
         scheduler.admit(lane, "b", costs(500))
-    assert caught.value.retry_after_s == pytest.approx(300 / (200 / 10))
+    assert caught.value.retry_after_s == pytest.approx(300 / (200 / 15))
+
+
+@on_a_loop
+async def test_hours_of_idleness_do_not_slow_the_measured_rate() -> None:
+    clock = Clock()
+    scheduler, lane = Scheduler(1000, 100, clock), Lane(10_000)
+    for _ in range(3):
+        (unit,) = scheduler.admit(lane, "a", costs(900))
+        clock.now += 2
+        scheduler.close(unit)
+        clock.now += 3600
+    scheduler.admit(lane, "a", costs(900))
+    with pytest.raises(Overloaded) as caught:
+        scheduler.admit(lane, "b", costs(1000))
+    assert caught.value.retry_after_s == pytest.approx(900 / 450)
+
+
+@on_a_loop
+async def test_one_client_cannot_fill_the_queue() -> None:
+    """However much one sends, the next client gets in, and each of n as much as the others."""
+    scheduler, lane = Scheduler(1000, 1000), Lane(10)
+    admitted: dict[str, int] = {}
+    for name in ("greedy", *"abcdefgh"):
+        admitted[name] = 0
+        for _ in range(640 if name == "greedy" else 10):
+            try:
+                scheduler.admit(lane, name, costs(10))
+            except Overloaded:
+                break
+            admitted[name] += 10
+    assert admitted["greedy"] == 500
+    assert all(admitted[name] >= 10 for name in "abcdefgh"), admitted
+    assert scheduler.tokens <= 1000
+
+
+@on_a_loop
+async def test_a_heavier_client_may_have_more_waiting() -> None:
+    def most(weight: float) -> int:
+        scheduler, lane = Scheduler(1000, 1000), Lane(10)
+        while True:
+            try:
+                scheduler.admit(lane, "a", costs(10), weight)
+            except Overloaded:
+                return scheduler.tokens
+
+    assert (most(1.0), most(3.0)) == (500, 750)
 
 
 @on_a_loop
