@@ -1,4 +1,4 @@
-"""`python -m teacher_server`: parses the configuration, then imports and runs the server.
+"""`python -m teacher_server`: parses the configuration, then imports and runs the server; `keys` manages keys.
 
 Exit codes: 0 stopped, 1 could not start or lost its engine for good, 2 the configuration cannot be used.
 """
@@ -11,7 +11,11 @@ from teacher_server.settings import ConfigError, load, render, report
 
 
 def main() -> int:
-    """Runs one server until it is told to stop."""
+    """Runs one server until it is told to stop, or one command."""
+    if sys.argv[1:2] == ["keys"]:
+        from teacher_server.keys_command import main as keys
+
+        return keys(sys.argv[2:])
     try:
         config, dry_run = load(sys.argv[1:])
     except ConfigError as error:

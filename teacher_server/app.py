@@ -16,17 +16,21 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import uvicorn
-
 from teacher_server.auth import Authenticator, TrustingAuthenticator
 from teacher_server.backends.base import Backend
 from teacher_server.backends.supervisor import EngineState, Supervised
 from teacher_server.config import ServerConfig
+from teacher_server.key_watch import KeyAuthenticator
+from teacher_server.keys import KeyFileError
 from teacher_server.metrics import Metrics
 from teacher_server.service import ServiceSettings, TeacherService
 from teacher_server.transports.grpc_transport import GrpcTransport
 from teacher_server.transports.http_app import create_app
+from teacher_server.transports.http_protocol import Connections
+from teacher_server.transports.http_server import HttpServer
 from teacher_server.transports.http_transport import Http
+from teacher_server.transports.reading import Reading
+from teacher_server.transports.tls import Tls, TlsError
 
 log = logging.getLogger(__name__)
 
@@ -36,14 +40,6 @@ FLUSH_S = 5.0
 
 class StartError(Exception):
     """The server cannot start; the text is one line for the operator."""
-
-
-class _Uvicorn(uvicorn.Server):
-    """A uvicorn that leaves signals to the application."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 class App:
@@ -64,20 +60,22 @@ class App:
             config.queue_tokens, config.queue_sequences, config.cache, config.cache_mib * mib, config.hidden_mib * mib
         )
         self.service = TeacherService(settings, Metrics())
-        authenticator = authenticator or TrustingAuthenticator()
-        limit = config.max_request_mib * mib
+        self._authenticator = authenticator or _authenticator(config)
+        limits, most = config.limits, config.max_request_mib * mib
+        reading = Reading(limits.reading_mib * mib, limits.body_s, limits.body_kib_per_s * 1024)
+        tls = _tls(config)
         self._grpc = GrpcTransport(
-            self.service, authenticator, max_message_bytes=config.max_message_mib * mib, max_request_bytes=limit
+            self.service,
+            self._authenticator,
+            limits,
+            reading,
+            tls=tls,
+            max_message_bytes=config.max_message_mib * mib,
+            max_request_bytes=most,
         )
-        self._http = _Uvicorn(
-            uvicorn.Config(
-                create_app(Http(self.service, authenticator, limit)),
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                timeout_graceful_shutdown=int(FLUSH_S),
-            )
-        )
+        routes = create_app(Http(self.service, self._authenticator, most, limits, reading))
+        self._http = HttpServer(routes, Connections(limits, reading, self.service.metrics), tls, FLUSH_S)
+        self._scheme = "https" if tls else "http"
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self.left_behind = False
@@ -85,7 +83,7 @@ class App:
         self.grpc_address = ""
         """host:port once bound."""
         self.http_address = ""
-        """http://host:port once bound."""
+        """http://host:port once bound, or https."""
 
     def stop(self) -> None:
         """Begins to drain; a second call gives up what is still in progress."""
@@ -96,16 +94,20 @@ class App:
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):  # not in the main thread
                 self._loop.add_signal_handler(number, self.stop)
-        listener = _listen(self._config.host, self._config.http_port)
+        if isinstance(self._authenticator, KeyAuthenticator):
+            with contextlib.suppress(ValueError, NotImplementedError, RuntimeError):
+                self._loop.add_signal_handler(signal.SIGHUP, self._authenticator.reload)
+        address = _address(self._config.host)
+        listener = _listen(address, self._config.http_port)
         engine = Supervised(self._make_backend, self._config.restart_policy(), self._on_state)
         try:
-            host = f"[{self._config.host}]" if ":" in self._config.host else self._config.host
+            host = f"[{address}]" if ":" in address else address
             try:
-                grpc_port = await self._grpc.start(self._config.host, self._config.grpc_port)
+                grpc_port = await self._grpc.start(address, self._config.grpc_port)
             except OSError as error:
                 raise StartError(str(error)) from error
             self.grpc_address = f"{host}:{grpc_port}"
-            self.http_address = f"http://{host}:{listener.getsockname()[1]}"
+            self.http_address = f"{self._scheme}://{host}:{listener.getsockname()[1]}"
             log.info("gRPC on %s, HTTP on %s; loading %s", self.grpc_address, self.http_address, self._config.model)
             web = asyncio.create_task(self._http.serve([listener]))
             try:
@@ -205,6 +207,42 @@ class App:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def _authenticator(config: ServerConfig) -> Authenticator:
+    """Keys where there is a file of them; StartError where it cannot be used."""
+    if config.keys_file is None:
+        return TrustingAuthenticator()
+    try:
+        found = KeyAuthenticator(Path(config.keys_file))
+    except KeyFileError as error:
+        raise StartError(str(error)) from error
+    if not len(found):
+        log.warning(
+            "%s has no key yet, so nobody may call; `python -m teacher_server keys add` makes one", config.keys_file
+        )
+    return found
+
+
+def _tls(config: ServerConfig) -> Tls | None:
+    """TLS where there is a certificate; StartError where its files cannot be used."""
+    if config.tls.cert_file is None or config.tls.key_file is None:
+        return None
+    try:
+        return Tls(config.tls.cert_file, config.tls.key_file, config.tls.client_ca_file)
+    except TlsError as error:
+        raise StartError(str(error)) from error
+
+
+def _address(host: str) -> str:
+    """The one address that a host's name means, IPv4 first, so that both ports are on the same; StartError for none."""
+    if not host:
+        return "0.0.0.0"
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise StartError(f"cannot listen on {host}: {error.strerror or error}") from error
+    return str(min(found, key=lambda one: one[0] is not socket.AF_INET)[4][0])
 
 
 def _listen(host: str, port: int) -> socket.socket:

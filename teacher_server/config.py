@@ -20,6 +20,7 @@ from teacher_server.backends.options import (
     Quantization,
     RestartPolicy,
 )
+from teacher_server.config_sections import LimitsConfig, TlsConfig, WatchConfig
 
 
 class VllmConfig(BaseModel):
@@ -73,14 +74,24 @@ class ServerConfig(BaseModel):
     """The vLLM backend's own settings."""
     restart: RestartConfig = RestartConfig()
     """What happens when the engine dies."""
+    watch: WatchConfig = WatchConfig()
+    """When a loaded engine is taken for hung."""
     host: str = "127.0.0.1"
     """Address to listen on, for both ports."""
     grpc_port: int = Field(default=50051, ge=0, le=65535)
     """Port of gRPC; 0 takes a free one."""
     http_port: int = Field(default=8000, ge=0, le=65535)
     """Port of HTTP; 0 takes a free one."""
+    keys_file: str | None = None
+    """File with the hashes of clients' keys (`python -m teacher_server keys`); unset, whoever reaches the teacher may
+    use it."""
+    tls: TlsConfig = TlsConfig()
+    """TLS of both transports."""
+    limits: LimitsConfig = LimitsConfig()
+    """How much one call, one connection and one address may take."""
     allow_insecure_bind: bool = False
-    """Listen on an address that other machines reach although there are no keys: anyone there may use the teacher."""
+    """Listen on an address that other machines reach although keys or TLS are missing: without keys anyone there may
+    use the teacher, without TLS anyone on the way reads keys and text."""
     queue_tokens: int = Field(default=4_000_000, ge=1)
     """Tokens of admitted, unfinished work above which calls are refused with Overloaded."""
     queue_sequences: int = Field(default=16_384, ge=1)
@@ -105,10 +116,17 @@ class ServerConfig(BaseModel):
     @model_validator(mode="after")
     def _refuse_an_open_door(self) -> ServerConfig:
         if not self.allow_insecure_bind and not is_loopback(self.host):
-            raise ValueError(
-                f"host {self.host} can be reached from other machines, and without keys anyone who reaches it may use "
-                "this teacher; listen on 127.0.0.1, or say --allow-insecure-bind if you trust that whole network"
-            )
+            reached = f"host {self.host} can be reached from other machines, and without"
+            if self.keys_file is None:
+                raise ValueError(
+                    f"{reached} keys anyone who reaches it may use this teacher; give --keys-file, listen on "
+                    "127.0.0.1, or say --allow-insecure-bind if you trust that whole network"
+                )
+            if self.tls.cert_file is None and not self.tls.ends_in_front:
+                raise ValueError(
+                    f"{reached} TLS anyone on the way reads the keys; give --tls-cert-file and --tls-key-file, say "
+                    "--tls-ends-in-front where a proxy does it, or --allow-insecure-bind if you trust that network"
+                )
         return self
 
     def backend_options(self) -> BackendOptions:
@@ -116,6 +134,8 @@ class ServerConfig(BaseModel):
         shared = [field.name for field in fields(BackendOptions) if field.name in type(self).model_fields]
         chosen: dict[str, Any] = {name: getattr(self, name) for name in shared}
         chosen["vllm_engine_args"] = self.vllm.engine_args
+        for name in ("top_k", "candidates", "request_tokens", "sequences", "temperatures"):
+            chosen[f"max_{name}"] = getattr(self.limits, name)
         return BackendOptions(**{name: value for name, value in chosen.items() if value is not None})
 
     def restart_policy(self) -> RestartPolicy:

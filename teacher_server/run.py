@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from teacher_server.settings import render
 
 log = logging.getLogger(__name__)
 
+FILES = 65_536
+"""Open files that are enough."""
 LEFTOVERS_S = 10.0
 """Seconds that processes of an engine get to end when its start was interrupted."""
 
@@ -27,6 +30,8 @@ def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
     )
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "uvicorn"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else anybody's nonsense is a line of the log
+    allow_many_files()
     log.info("settings: %s", "; ".join(render(config).splitlines()))
 
     def make_backend() -> Backend:
@@ -49,6 +54,14 @@ def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
     except StartError as error:
         print(f"teacher_server: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def allow_many_files() -> None:
+    """Lets this process open enough files, of which connections are some, as far as the system allows it to."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES if most == resource.RLIM_INFINITY else min(FILES, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

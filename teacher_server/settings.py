@@ -86,7 +86,9 @@ def _metavar(name: str, field: FieldInfo) -> str:
         return "{" + ",".join(map(str, get_args(field.annotation))) + "}"
     if get_origin(field.annotation) is dict:
         return "JSON"
-    if field.annotation is str or name == "ready_file":
+    if name.endswith("_file"):
+        return "FILE"
+    if field.annotation is str:
         return name.upper()
     return "N"
 
@@ -119,7 +121,7 @@ def load(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> t
 
 
 def _explain(fault: Mapping[str, Any], origins: Mapping[str, str]) -> str:
-    if not fault["loc"]:
+    if not fault["loc"] or fault["type"] == "value_error":
         return str(fault["msg"]).removeprefix("Value error, ")
     name = _path(fault["loc"])
     if fault["type"] == "missing":

@@ -6,6 +6,7 @@ rich status. It knows no engine and decides nothing about a request.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -16,11 +17,15 @@ from grpc_reflection.v1alpha import reflection
 
 from protos import codec
 from protos.errors import TeacherError
+from protos.scores import GenerateRequest, ScoreRequest
 from protos.teacher.v1 import teacher_pb2_grpc
 from teacher_server.auth import Authenticator, Caller
+from teacher_server.config_sections import LimitsConfig
 from teacher_server.service import TeacherService
 from teacher_server.transports.grpc_gate import Context, Gate, abort, address, headers_of
 from teacher_server.transports.grpc_health import HealthServicer
+from teacher_server.transports.reading import Reading
+from teacher_server.transports.tls import Tls
 
 SERVICE = "teacher.v1.TeacherService"
 HEALTH = "grpc.health.v1.Health"
@@ -31,10 +36,13 @@ SERVICES = ("", SERVICE)
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     """The four methods."""
 
-    def __init__(self, service: TeacherService, authenticator: Authenticator, max_request_bytes: int) -> None:
+    def __init__(
+        self, service: TeacherService, authenticator: Authenticator, max_request_bytes: int, reading: Reading
+    ) -> None:
         self._service = service
         self._authenticator = authenticator
         self._max_request_bytes = max_request_bytes
+        self._reading = reading
 
     def _caller(self, context: Context) -> Caller:
         client = self._authenticator.identify(headers_of(context.invocation_metadata()), address(context.peer()))
@@ -54,10 +62,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         try:
             caller = self._caller(context)
             with self._service.decoding("score", caller):
-                reader = codec.ScoreRequestReader(self._max_request_bytes)
-                async for message in request_iterator:
-                    reader.add(message)
-                call = reader.finish()
+                call = await self._read_score(request_iterator)
             async with aclosing(self._service.score(call, caller)) as results:
                 async for index, scores in results:
                     for response in codec.encode_scores(index, scores):
@@ -71,12 +76,33 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         try:
             caller = self._caller(context)
             with self._service.decoding("generate", caller):
-                call = codec.decode_generate_request(request)
+                call = self._read_generate(request)
             async with aclosing(self._service.generate(call, caller)) as results:
                 async for deltas in results:
                     yield codec.encode_deltas(deltas)
         except TeacherError as error:
             await abort(context, error, caller)
+
+    async def _read_score(self, messages: AsyncIterator[Any]) -> ScoreRequest:
+        """The messages of a call as one, which must come in time."""
+        reader, received = codec.ScoreRequestReader(self._max_request_bytes), 0
+        began = asyncio.get_running_loop().time()
+        with self._reading.hold() as add:
+            try:
+                async with asyncio.timeout_at(began + self._reading.seconds(0)) as limit:
+                    async for message in messages:
+                        received += message.ByteSize()
+                        add(message.ByteSize())
+                        reader.add(message)
+                        limit.reschedule(began + self._reading.seconds(received))
+            except TimeoutError as error:
+                raise self._reading.too_slow(received) from error
+            return reader.finish()
+
+    def _read_generate(self, message: Any) -> GenerateRequest:
+        with self._reading.hold() as add:
+            add(message.ByteSize())
+            return codec.decode_generate_request(message)
 
     async def GetHead(self, request: Any, context: Context) -> AsyncIterator[Any]:
         """See TeacherService.GetHead."""
@@ -97,20 +123,32 @@ class GrpcTransport:
         self,
         service: TeacherService,
         authenticator: Authenticator,
+        limits: LimitsConfig,
+        reading: Reading,
         *,
+        tls: Tls | None = None,
         max_message_bytes: int,
         max_request_bytes: int,
     ) -> None:
+        self._tls = tls
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail instead of sharing it
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                ("grpc.http2.max_ping_strikes", 2),  # then the connection is closed: too many pings
+                ("grpc.keepalive_time_ms", 60_000),  # a peer that is gone without a word is found out
+                ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.max_concurrent_streams", limits.streams),
+                ("grpc.max_allowed_incoming_connections", limits.connections),
+                ("grpc.max_metadata_size", limits.head_kib << 10),
+                ("grpc.absolute_max_metadata_size", limits.head_kib << 10),
+                ("grpc.server_handshake_timeout_ms", int(1000 * limits.head_s)),
             ],
             interceptors=[Gate(authenticator, service.metrics)],
         )
-        servicer = TeacherServicer(service, authenticator, max_request_bytes)
+        servicer = TeacherServicer(service, authenticator, max_request_bytes, reading)
         teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, self._server)
         self._health = HealthServicer(SERVICES)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -120,7 +158,10 @@ class GrpcTransport:
         """Binds and serves; returns the port. OSError where the port is taken or the address is not this machine's."""
         literal = f"[{host}]" if ":" in host else host
         try:
-            bound = self._server.add_insecure_port(f"{literal}:{port}")
+            if self._tls is None:
+                bound = self._server.add_insecure_port(f"{literal}:{port}")
+            else:
+                bound = self._server.add_secure_port(f"{literal}:{port}", self._tls.grpc_credentials())
         except RuntimeError as error:
             raise OSError(f"cannot listen for gRPC on {literal}:{port}: the port is in use or not permitted") from error
         await self._server.start()

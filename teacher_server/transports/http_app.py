@@ -17,10 +17,12 @@ from starlette.exceptions import HTTPException
 
 from protos.errors import InvalidRequest, TeacherError
 from teacher_server.auth import TrustingAuthenticator
+from teacher_server.config_sections import LimitsConfig
 from teacher_server.metrics import Metrics
 from teacher_server.service import ServiceSettings, TeacherService
 from teacher_server.transports import docs_page, http_transport, openai_api, openai_schemas, problems, schemas
 from teacher_server.transports.http_gate import Gate, RequestIds
+from teacher_server.transports.reading import Reading
 
 
 def create_app(http: http_transport.Http) -> FastAPI:
@@ -51,7 +53,9 @@ def create_app(http: http_transport.Http) -> FastAPI:
 def describe_routes() -> list[tuple[str, str, str]]:
     """(method, path, meaning) of every route, for the reference page."""
     service = TeacherService(ServiceSettings(), Metrics())
-    document = create_app(http_transport.Http(service, TrustingAuthenticator(), 0)).openapi()
+    document = create_app(
+        http_transport.Http(service, TrustingAuthenticator(), 0, LimitsConfig(), Reading(0, 1, 1))
+    ).openapi()
     return [
         (method.upper(), path, route["description"])
         for path, methods in document["paths"].items()

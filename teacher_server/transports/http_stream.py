@@ -18,8 +18,11 @@ from protos.errors import TeacherError, TooLarge
 Item = TypeVar("Item")
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The request's body; TooLarge as soon as it is announced to be, or turns out to be, over `max_bytes`."""
+async def read_body(request: Request, max_bytes: int, received: Callable[[int], None]) -> bytes:
+    """The request's body; TooLarge as soon as it is announced to be, or turns out to be, over `max_bytes`.
+
+    `received` is called with each part's size; what it raises ends the call.
+    """
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced) > max_bytes:
         raise TooLarge(f"the body has {announced} bytes, this server accepts {max_bytes}; split the call")
@@ -28,6 +31,7 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
         size += len(part)
         if size > max_bytes:
             raise TooLarge(f"the body has more than {max_bytes} bytes, the limit of this server; split the call")
+        received(len(part))
         parts.append(part)
     return b"".join(parts)
 

@@ -6,9 +6,10 @@ protobuf call is one message in; its answer is a stream of frames (see protos/co
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Iterable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -16,20 +17,26 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ValidationError
 
 from protos import codec
-from protos.errors import InvalidRequest, Unavailable, Unsupported
+from protos.errors import InvalidRequest, TooLarge, Unavailable, Unsupported
 from protos.scores import Completion, CompletionDelta, Field, ScoreRequest, Scores
 from teacher_server.auth import Authenticator, Caller, Client
 from teacher_server.calls import RETRY_S
+from teacher_server.config_sections import LimitsConfig
 from teacher_server.service import TeacherService
 from teacher_server.transports import problems, schemas
 from teacher_server.transports.completions import collect
 from teacher_server.transports.http_stream import read_body, stream, while_connected
+from teacher_server.transports.reading import Reading
 
 PROTOBUF = "application/x-protobuf"
 SSE = "text/event-stream"
 TIMEOUT_HEADER = "x-timeout-s"
 """Request header with the seconds after which the caller has no use for the answer."""
+IN_THREAD = 1 << 14
+"""Bytes of a body, or numbers of an answer, from which it is made into objects, or text, off the event loop."""
 Model = TypeVar("Model", bound=BaseModel)
+Item = TypeVar("Item")
+Kind = Literal["protobuf", "json"]
 
 
 class UnsupportedMediaType(InvalidRequest):
@@ -38,7 +45,7 @@ class UnsupportedMediaType(InvalidRequest):
     http_status = 415
 
 
-def media_type(request: Request) -> Literal["protobuf", "json"]:
+def media_type(request: Request) -> Kind:
     """What the body is; a missing Content-Type means JSON."""
     given = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if given == PROTOBUF:
@@ -56,9 +63,19 @@ def parse(model: type[Model], body: bytes) -> Model:
         raise problems.invalid_body(error, model) from error
 
 
+async def off_loop(size: int, work: Callable[[], Item]) -> Item:
+    """What `work` gives, in a thread where it is large, so that others are not kept waiting."""
+    return work() if size < IN_THREAD else await asyncio.to_thread(work)
+
+
 def json_response(content: Any) -> Response:
     """A JSON answer, encoded once; FastAPI's own encoder is ten times slower on long lists."""
-    return Response(json.dumps(content, allow_nan=False), media_type="application/json")
+    return json_text(json.dumps(content, allow_nan=False))
+
+
+def json_text(content: str) -> Response:
+    """A JSON answer that is text already."""
+    return Response(content, media_type="application/json")
 
 
 def event(data: Any, name: str = "") -> bytes:
@@ -70,10 +87,19 @@ def event(data: Any, name: str = "") -> bytes:
 class Http:
     """What every route needs."""
 
-    def __init__(self, service: TeacherService, authenticator: Authenticator, max_request_bytes: int) -> None:
+    def __init__(
+        self,
+        service: TeacherService,
+        authenticator: Authenticator,
+        max_request_bytes: int,
+        limits: LimitsConfig,
+        reading: Reading,
+    ) -> None:
         self.service = service
         self.authenticator = authenticator
         self.max_request_bytes = max_request_bytes
+        self.limits = limits
+        self._reading = reading
 
     def caller(self, request: Request, transport: str = "http") -> Caller:
         """Who calls, until when; InvalidRequest for a deadline that is no number."""
@@ -87,9 +113,19 @@ class Http:
             raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number of seconds, got {timeout!r}")
         return Caller(client.name, transport, seconds, request.state.request_id, client.label, client.weight)
 
-    async def body(self, request: Request) -> bytes:
-        """The body within the limit."""
-        return await read_body(request, self.max_request_bytes)
+    @asynccontextmanager
+    async def body(self, request: Request, kind: Kind = "json") -> AsyncIterator[bytes]:
+        """The body within its kind's limit; counted as being received until it has been made into objects."""
+        most = self.max_request_bytes
+        if kind == "json":
+            most = min(most, self.limits.json_mib << 20)
+        with self._reading.hold() as add:
+            yield await read_body(request, most, add)
+
+    async def parsed(self, request: Request, model: type[Model]) -> Model:
+        """The model of a JSON body."""
+        async with self.body(request) as body:
+            return await off_loop(len(body), lambda: parse(model, body))
 
 
 def make_router(http: Http) -> APIRouter:
@@ -109,12 +145,11 @@ def make_router(http: Http) -> APIRouter:
     @router.post("/v1/score", response_model=schemas.ScoreAnswer, openapi_extra=_body("ScoreBody"))
     async def score(request: Request) -> Response:
         """The teacher's log-probabilities of tokens that already exist."""
-        caller, kind, body = http.caller(request), media_type(request), await http.body(request)
+        caller, kind = http.caller(request), media_type(request)
         if kind == "protobuf":
             with service.decoding("score", caller):
-                reader = codec.ScoreRequestReader(http.max_request_bytes)
-                reader.add_bytes(body)
-                call = reader.finish()
+                async with http.body(request, kind) as body:
+                    call = await off_loop(len(body), lambda: _score_request(body, http.max_request_bytes))
             return await stream(
                 request,
                 service.score(call, caller),
@@ -123,23 +158,33 @@ def make_router(http: Http) -> APIRouter:
                 on_error=codec.frame_error,
             )
         with service.decoding("score", caller):
-            info, text = service.teacher(), service.text  # now: later the server may be draining
-            call = parse(schemas.ScoreBody, body).request(service.tokenize)
+            async with http.body(request) as body:
+                info, text = service.teacher(), service.text  # now: later the server may be draining
+                call = await off_loop(len(body), lambda: parse(schemas.ScoreBody, body).request(service.tokenize))
             if Field.HIDDEN_STATES in call.spec.want:
                 raise Unsupported(f"hidden_states are too large for JSON; send the call as {PROTOBUF}")
+            numbers = schemas.answer_numbers(call)
+            if numbers > http.limits.json_numbers:
+                raise TooLarge(
+                    f"the answer would have {numbers} numbers, this server writes {http.limits.json_numbers} as JSON; "
+                    f"ask for less, or send the call as {PROTOBUF}"
+                )
         scores = await while_connected(request, _all_scores(service, call, caller))
-        sequences = [
-            schemas.scored(sequence, index, scores[index], text.decode) for index, sequence in enumerate(call.sequences)
-        ]
-        return json_response({"fingerprint": info.fingerprint, "sequences": sequences})
+
+        def answer() -> str:
+            sequences = (schemas.scored(one, i, scores[i], text.decode) for i, one in enumerate(call.sequences))
+            return f'{{"fingerprint": {json.dumps(info.fingerprint)}, "sequences": [{", ".join(sequences)}]}}'
+
+        return json_text(await off_loop(numbers, answer))
 
     @router.post("/v1/generate", response_model=schemas.GenerateAnswer, openapi_extra=_body("GenerateBody"))
     async def generate(request: Request) -> Response:
         """Completions of prompts, whole or streamed."""
-        caller, kind, body = http.caller(request), media_type(request), await http.body(request)
+        caller, kind = http.caller(request), media_type(request)
         if kind == "protobuf":
             with service.decoding("generate", caller):
-                call = codec.decode_generate_request_bytes(body)
+                async with http.body(request, kind) as body:
+                    call = await off_loop(len(body), lambda: codec.decode_generate_request_bytes(body))
             return await stream(
                 request,
                 service.generate(call, caller),
@@ -149,7 +194,7 @@ def make_router(http: Http) -> APIRouter:
             )
         with service.decoding("generate", caller):
             info = service.teacher()
-            call = parse(schemas.GenerateBody, body).request()
+            call = (await http.parsed(request, schemas.GenerateBody)).request()
         if call.stream:
             return await stream(
                 request,
@@ -197,6 +242,12 @@ def make_router(http: Http) -> APIRouter:
         return Response(service.metrics.text(), headers={"content-type": service.metrics.content_type})
 
     return router
+
+
+def _score_request(body: bytes, max_bytes: int) -> ScoreRequest:
+    reader = codec.ScoreRequestReader(max_bytes)
+    reader.add_bytes(body)
+    return reader.finish()
 
 
 async def _all_scores(service: TeacherService, call: ScoreRequest, caller: Caller) -> dict[int, Scores]:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from teacher_server.auth import Caller
 from teacher_server.transports import problems
 from teacher_server.transports.http_stream import stream, while_connected
-from teacher_server.transports.http_transport import SSE, Http, event, json_body, json_response, parse
+from teacher_server.transports.http_transport import SSE, Http, event, json_body, json_response
 from teacher_server.transports.openai_calls import OpenAiCall, Wish, chat_wish, completion_wish
 from teacher_server.transports.openai_schemas import ChatBody, CompletionBody, OpenAiBody
 
@@ -53,14 +53,14 @@ def make_router(http: Http) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Completions of text or tokens, with echo, logprobs and prompt_logprobs; no chat template."""
         caller = http.caller(request, "openai")
-        body = parse(CompletionBody, await http.body(request))
+        body = await http.parsed(request, CompletionBody)
         return await answer(request, caller, body, completion_wish(body))
 
     @router.post("/v1/chat/completions", openapi_extra=json_body("ChatBody"))
     async def chat(request: Request) -> Response:
         """A completion of a conversation; chat_template_kwargs.enable_thinking chooses the mode."""
         caller = http.caller(request, "openai")
-        body = parse(ChatBody, await http.body(request))
+        body = await http.parsed(request, ChatBody)
         return await answer(request, caller, body, chat_wish(body))
 
     return router

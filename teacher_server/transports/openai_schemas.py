@@ -6,13 +6,13 @@ neutral value; one that changes nothing is accepted; one that nobody knows is re
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
 from protos import scores as domain
 from protos.errors import InvalidRequest, InvalidSequence, InvalidSpec, Unsupported
-from teacher_server.transports.schemas import Body, Id
+from teacher_server.transports.schemas import FIRST, Body, Id, Ids
 
 WITHOUT_EFFECT = (
     "user",
@@ -87,7 +87,7 @@ class OpenAiBody(Body):
     """Number of completions of each prompt."""
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     """Equal calls with equal seeds give equal completions."""
-    stop_token_ids: list[Id] = Field(default=[])
+    stop_token_ids: Annotated[list[Id], FIRST] = Field(default=[])
     """Ids that end a completion beside the model's own."""
     ignore_eos: bool = False
     """Let EOS ids be sampled without ending the completion."""
@@ -152,7 +152,7 @@ class OpenAiBody(Body):
 class CompletionBody(OpenAiBody):
     """A call of /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Annotated[list[str], FIRST] | Ids | Annotated[list[Ids], FIRST]
     """Text or token ids, one prompt or a list of them."""
     max_tokens: int = Field(default=16, ge=0)
     """Largest number of tokens of one completion; 0 needs echo, and only scores."""
@@ -195,7 +195,7 @@ class ChatMessage(Body):
 
     role: str
     """Speaker: system, user, assistant or tool."""
-    content: str | list[ContentPart]
+    content: str | Annotated[list[ContentPart], FIRST]
     """Text, or a list of text parts."""
 
     def message(self, index: int) -> domain.Message:
@@ -211,7 +211,7 @@ class ChatMessage(Body):
 class ChatBody(OpenAiBody):
     """A call of /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], FIRST] = Field(min_length=1)
     """Turns of the conversation."""
     max_tokens: int | None = Field(default=None, ge=1)
     """Largest number of tokens of one completion; unset means what the teacher's limit leaves."""

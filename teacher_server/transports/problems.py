@@ -18,6 +18,8 @@ from starlette.responses import Response
 from protos.errors import DOMAIN, InvalidRequest, TeacherError, reason_of
 
 MEDIA_TYPE = "application/problem+json"
+SHOWN = 5
+"""Faults of a body that a problem names."""
 OPENAI_PATHS = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions"})
 """Routes whose callers look for OpenAI's `error` member."""
 
@@ -72,7 +74,7 @@ def framework_reason(status: int) -> str:
 def explain(faults: list[Any], known: Iterable[str] = ()) -> str:
     """pydantic's faults in one line: where, what, and what was given; `known` names are offered for unknown ones."""
     lines = []
-    for fault in faults:
+    for fault in faults[:SHOWN]:
         where = ".".join(str(part) for part in fault["loc"] if part != "body") or "body"
         if fault["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.5)
@@ -80,14 +82,19 @@ def explain(faults: list[Any], known: Iterable[str] = ()) -> str:
             continue
         given = "" if fault["type"] in ("missing", "value_error", "json_invalid") else f", got {_short(fault['input'])}"
         lines.append(f"{where}: {str(fault['msg']).removeprefix('Value error, ')}{given}")
-    return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
+    return "; ".join(lines) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
 
 
 def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The tree's error for a JSON body that `model` refuses."""
     schema = model.model_json_schema()
     parts = [schema, *schema.get("$defs", {}).values()]
-    return InvalidRequest(explain(error.errors(), {name for part in parts for name in part.get("properties", {})}))
+    return InvalidRequest(
+        explain(
+            error.errors(include_url=False, include_context=False),
+            {name for part in parts for name in part.get("properties", {})},
+        )
+    )
 
 
 def _short(value: object) -> str:

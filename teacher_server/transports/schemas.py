@@ -6,17 +6,31 @@ route and no engine. Legend: N tokens, T scored positions, K alternatives, C can
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from protos import scores as domain
 from protos.errors import InvalidSequence, InvalidSpec
 
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class First(FailFast):
+    """A list's first wrong item is enough; hashable, as members of a union must be."""
+
+    __hash__ = object.__hash__
+
+
+FIRST = First()
+Ids = Annotated[list[int], FIRST]
+"""Token ids; the first wrong one is enough to refuse them."""
+BLOCK = 4096
+"""Numbers that are written as JSON at a time: the interpreter's lock is held meanwhile."""
 Tokenize = Callable[[int, domain.Prompt], domain.Ids]
 """Tokens of a prompt, as TeacherService.tokenize gives them."""
 
@@ -39,9 +53,9 @@ class MessageBody(Body):
 class PromptBody(Body):
     """What a completion continues: exactly one of messages, token_ids and text."""
 
-    messages: list[MessageBody] = []
+    messages: Annotated[list[MessageBody], FIRST] = []
     """Turns of a conversation, rendered by the teacher's template in the prompt's mode."""
-    token_ids: list[int] = []
+    token_ids: Ids = []
     """Tokens, used as they are."""
     text: str = ""
     """Plain text, tokenized without a template."""
@@ -63,11 +77,11 @@ class SequenceBody(PromptBody):
 
     completion: str = ""
     """Text after the prompt; scoring starts at its first token unless score_start says otherwise."""
-    completion_token_ids: list[int] = []
+    completion_token_ids: Ids = []
     """Tokens after the prompt, in place of text."""
     score_start: int | None = Field(default=None, ge=1)
     """First position to score; left out means 1, or the completion's first token."""
-    candidate_ids: list[list[int]] = []
+    candidate_ids: Annotated[list[Ids], FIRST] = []
     """T lists of C ids whose log-probabilities are wanted at each scored position."""
 
     def sequence(self, index: int, tokenize: Tokenize) -> domain.Sequence:
@@ -104,13 +118,13 @@ class ScoreBody(Body):
             ]
         }
     )
-    sequences: list[str | list[int] | SequenceBody] = Field(min_length=1)
+    sequences: Annotated[list[str | Ids | SequenceBody], FIRST] = Field(min_length=1)
     """Sequences: plain text, a list of token ids, or an object that says more."""
     top_k: int = Field(default=0, ge=0)
     """K, the number of alternatives to return at each position."""
-    temperatures: list[float] = []
+    temperatures: Annotated[list[float], FIRST] = []
     """Temperatures of log_normalizer and tail_logprob; empty means 1 alone."""
-    want: list[domain.Field] = []
+    want: Annotated[list[domain.Field], FIRST] = []
     """Fields to return; empty means all that the call has arguments for. hidden_states come as protobuf only."""
     fingerprint: str = ""
     """Fingerprint that you expect; empty means any."""
@@ -158,12 +172,29 @@ class ScoreAnswer(BaseModel):
     sequences: list[ScoredSequence]
 
 
-def scored(sequence: domain.Sequence, index: int, scores: domain.Scores, text: Callable[[domain.Ids], str]) -> Any:
-    """ScoredSequence's members; plain lists, because checking each number again is slow."""
+def answer_numbers(request: domain.ScoreRequest) -> int:
+    """How many numbers the answer to a call has: for each position one, K ids and log-probabilities, C, and M twice."""
+    spec = request.spec
+    each = 1 + 2 * spec.top_k + 2 * len(spec.temperatures)
+    return sum(len(one.token_ids) + one.positions * (each + one.candidates) for one in request.sequences)
+
+
+def scored(sequence: domain.Sequence, index: int, scores: domain.Scores, text: Callable[[domain.Ids], str]) -> str:
+    """ScoredSequence as JSON, made block by block, so that a thread that makes it lets others run."""
     ids = sequence.token_ids
-    head = {"index": index, "score_start": sequence.score_start, "token_ids": ids.tolist()}
     tokens = [text(ids[t : t + 1]) for t in range(len(ids))]
-    return head | {"tokens": tokens} | {name: array.tolist() for name, array in scores.arrays().items()}
+    head = json.dumps({"index": index, "score_start": sequence.score_start})[1:-1]
+    members = [head, f'"token_ids": {_blocks(ids)}', f'"tokens": {_blocks(tokens)}']
+    members += [f'"{name}": {_blocks(array)}' for name, array in scores.arrays().items()]
+    return "{" + ", ".join(members) + "}"
+
+
+def _blocks(rows: Any) -> str:
+    """A list or an array as JSON."""
+    step = max(1, BLOCK // (rows.shape[1] or 1)) if getattr(rows, "ndim", 1) > 1 else BLOCK
+    parts = (rows[first : first + step] for first in range(0, len(rows), step))
+    texts = (json.dumps(part if isinstance(part, list) else part.tolist(), allow_nan=False)[1:-1] for part in parts)
+    return "[" + ", ".join(texts) + "]"
 
 
 class SamplingBody(Body):
@@ -177,7 +208,7 @@ class SamplingBody(Body):
     """The smallest set of tokens with at least this mass is kept."""
     top_k: int = Field(default=0, ge=0)
     """Number of most likely tokens to keep; 0 keeps all."""
-    stop_token_ids: list[Id] = []
+    stop_token_ids: Annotated[list[Id], FIRST] = []
     """Ids that end a completion beside the model's own."""
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     """Equal calls with equal seeds give equal completions on one engine."""
@@ -208,7 +239,7 @@ class GenerateBody(Body):
             ]
         }
     )
-    prompts: list[str | list[int] | PromptBody] = Field(min_length=1)
+    prompts: Annotated[list[str | Ids | PromptBody], FIRST] = Field(min_length=1)
     """Prompts: plain text, a list of token ids, or an object that says more."""
     sampling: SamplingBody = SamplingBody()
     """How tokens are drawn."""
