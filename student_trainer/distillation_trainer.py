@@ -18,18 +18,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from .batches import GroupedSampler, Row, completion_tokens
+from .batches import GroupedSampler, Row, completion_tokens, cut
 from .checkpoints import Layout
 from .errors import UserError
 from .evaluation import Measurement
 from .losses import Targets
-from .packing import forward_inputs
+from .packing import forward_inputs, packs
 from .saving import SavingTrainer
 from .stage_loss import METRICS, StageLoss
 from .stopping import Stopper
@@ -52,12 +53,14 @@ class Feed(Protocol):
     """What a stage trains on. Indices are those of the stage's examples, in 0..len-1."""
 
     ahead: int
-    """Micro-batches that are announced before they are asked for."""
+    """Optimizer steps whose micro-batches are announced before they are asked for."""
 
     def __len__(self) -> int: ...
 
     def lengths(self) -> Sequence[int]:
-        """Tokens of each example, by which a global batch is sorted into micro-batches."""
+        """Tokens of each example, by which a global batch is sorted, and each process's share cut into
+        micro-batches.
+        """
         ...
 
     def announce(self, indices: Sequence[int]) -> None:
@@ -116,11 +119,13 @@ class DistillationTrainer(SavingTrainer):
     ) -> None:
         self.feed, self.loss, self._evaluator = feed, loss, evaluator
         self._iterator: Iterator[list[int]] | None = None
-        self._queue: deque[list[int]] = deque()
+        self._queue: deque[list[list[int]]] = deque()
+        self._lengths = feed.lengths()
         self._losses: list[torch.Tensor] = []
         self._names: list[str] = []
         self._sums: torch.Tensor | None = None
         self._tokens, self._steps = 0.0, 0
+        self._held = self._filled = 0
         self._seconds = {"sampling": 0.0, "teacher": 0.0, "saving": 0.0}
         self._since = time.monotonic()
         self.last_measurement: Measurement | None = None
@@ -142,7 +147,7 @@ class DistillationTrainer(SavingTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
         group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return GroupedSampler(self.feed.lengths(), group, self.args.seed)
+        return GroupedSampler(self._lengths, group, self.args.seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
@@ -152,14 +157,16 @@ class DistillationTrainer(SavingTrainer):
         if epoch_iterator is not self._iterator:
             self._iterator = epoch_iterator
             self._queue.clear()
-        while len(self._queue) < num_batches + self.feed.ahead:
-            indices = next(epoch_iterator, None)
-            if indices is None:
+        while len(self._queue) <= self.feed.ahead:
+            equal = list(islice(epoch_iterator, self.args.gradient_accumulation_steps))
+            if not equal:
                 break
-            self.feed.announce(indices)
-            self._queue.append(indices)
+            self._queue.append(self._cut(equal))
+            for indices in self._queue[-1]:
+                self.feed.announce(indices)
         started = time.monotonic()
-        groups = [self._queue.popleft() for _ in range(min(num_batches, len(self._queue)))]
+        groups = self._queue.popleft() if self._queue else []
+        assert len(groups) == num_batches, "a step's micro-batches are not those that the Trainer counts"
         batches = self.feed.step(groups, self.state.global_step, int(self.state.epoch or 0)) if groups else []
         self._seconds["sampling"] += time.monotonic() - started
         tokens = torch.tensor(float(sum(completion_tokens(b.rows) for b in batches)), device=device)
@@ -168,6 +175,12 @@ class DistillationTrainer(SavingTrainer):
         self._steps += 1
         self._losses, self._names = [], []
         return [{"batch": batch} for batch in batches], tokens
+
+    def _cut(self, equal: list[list[int]]) -> list[list[int]]:
+        """One process's micro-batches of a step, anew, with less padding or more evenly filled; as many as before."""
+        rows = [i for indices in equal for i in indices]
+        groups = cut([self._lengths[i] for i in rows], len(equal), packed=packs(self.model))
+        return [[rows[place] for place in group] for group in groups]
 
     def compute_loss(
         self,
@@ -182,10 +195,10 @@ class DistillationTrainer(SavingTrainer):
         started = time.monotonic()
         targets = batch.targets().to(device)
         self._seconds["teacher"] += time.monotonic() - started
-        loss, sums = model(
-            **forward_inputs(self.model, batch.rows, self.processing_class.pad_token_id, device),
-            objective=self.loss.on(targets, _to(batch.rollout_logprobs, device)),
-        )
+        placed = forward_inputs(self.model, batch.rows, self.processing_class.pad_token_id, device)
+        loss, sums = model(**placed, objective=self.loss.on(targets, _to(batch.rollout_logprobs, device)))
+        self._held += placed["input_ids"].numel()
+        self._filled += sum(len(r.ids) for r in batch.rows)
         self._sums = sums if self._sums is None else self._sums + sums
         self._losses.append(loss.detach())
         self._names.append(_named([r.name for r in batch.rows]))
@@ -228,13 +241,22 @@ class DistillationTrainer(SavingTrainer):
             steps, elapsed = max(self._steps, 1), time.monotonic() - self._since
             spent = {f"seconds_{k}": v / steps for k, v in self._seconds.items()}
             logs |= named | spent | {"seconds_training": elapsed / steps - sum(spent.values())}
+            held, filled = self._over_all(self._held, self._filled)
+            logs["padding_share"] = 1 - filled / max(held, 1.0)
             busy = elapsed - self._seconds["saving"]
             logs |= {"completion_tokens": self._tokens / steps, "tokens_per_second": self._tokens / busy}
             self._reset_clock()
         super().log(logs, start_time)
 
+    def _over_all(self, *counts: float) -> list[float]:
+        """Each number's sum over all processes."""
+        total = self.accelerator.reduce(torch.tensor(counts, device=self.args.device), "sum")
+        found: list[float] = total.tolist()
+        return found
+
     def _reset_clock(self) -> None:
         self._sums, self._tokens, self._steps = None, 0.0, 0
+        self._held = self._filled = 0
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         self._since = time.monotonic()
 

@@ -42,7 +42,7 @@ def distil(session: Session, student: Student) -> Outcome:
     responses = teacher_responses(session, layout, student.tokenizer)
     loss = StageLoss.off_policy(options, session.teachers.normalized_size, session.teachers.head)
     store = RowScores(session.teachers, loss.spec, layout.root / "scores", distributed.rank())
-    feed = ResponseFeed(responses, store, loss, 2 * options.gradient_accumulation_steps)
+    feed = ResponseFeed(responses, store, loss)
     try:
         measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 1, off-policy")
     finally:
@@ -93,17 +93,18 @@ def ask(session: Session, path: Path, tokenizer: Any) -> None:
 
 
 class ResponseFeed:
-    """Micro-batches of responses with their scores, asked for `ahead` micro-batches early."""
+    """Micro-batches of responses with their scores, asked for two steps early."""
+
+    ahead = 2
 
     def __init__(
         self,
         responses: Sequence[Response],
         store: RowScores,
         loss: StageLoss,
-        ahead: int,
     ) -> None:
         self.rows = [response_row(r) for r in responses]
-        self.store, self.loss, self.ahead = store, loss, ahead
+        self.store, self.loss = store, loss
         self._waits: dict[tuple[int, ...], Wait] = {}
 
     def __len__(self) -> int:
