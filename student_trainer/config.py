@@ -321,14 +321,24 @@ class Teacher(Section):
     """Where the teachers are, and how they are called."""
 
     endpoint: Annotated[str | list[str] | None, AfterValidator(_addresses)] = None
-    """Address of a teacher server: host:port or grpc://host:port for gRPC, http://host:port for HTTP, a list for
-    replicas of one teacher; null starts models.teacher_model as a process of this run, unless there are routes."""
+    """Address of a teacher server: host:port or grpc://host:port for gRPC, http://host:port for HTTP, grpcs:// and
+    https:// for these with TLS, a list for replicas of one teacher; null starts models.teacher_model as a process of
+    this run, unless there are routes."""
     routes: list[TeacherRoute] = Field(default_factory=list)
     """Further teachers, for a mode, a domain or both of them: a list of {endpoint, mode, domain, fingerprint}. The most
     specific route wins: domain and mode, then domain, then mode, then teacher.endpoint for whatever has no route. All
     share the student's tokenizer. A run with several teachers needs distribution top_k."""
     fingerprint: str | None = None
     """Fingerprint that the teacher of `endpoint` must have; null takes whichever answers first and stays with it."""
+    api_key_file: str = ""
+    """File that holds the key for the teachers and nothing else; read again when it changes. The key itself is in no
+    setting, because settings are logged and kept with checkpoints."""
+    ca_file: str = ""
+    """File with the authorities of the teachers' certificates, for grpcs:// and https://; empty takes the system's."""
+    client_cert_file: str = ""
+    """File with this trainer's certificate, where teachers want one (mutual TLS)."""
+    client_key_file: str = ""
+    """File with the private key of client_cert_file."""
     timeout_s: Annotated[float, Field(gt=0)] = 600
     """Seconds after which one call is given up."""
     patience_s: Annotated[float, Field(ge=0)] = 1800
@@ -340,6 +350,12 @@ class Teacher(Section):
     $XDG_CACHE_HOME/strong2weak or ~/.cache/strong2weak."""
     server_args: list[str] = Field(default_factory=list)
     """Further command-line arguments of the server that the trainer starts itself."""
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> Teacher:
+        if bool(self.client_cert_file) != bool(self.client_key_file):
+            raise ValueError("client_cert_file and client_key_file belong together; give both or none")
+        return self
 
     @field_validator("routes")
     @classmethod

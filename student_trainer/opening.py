@@ -23,7 +23,7 @@ from .config import Config
 from .errors import UserError
 from .models import Description
 from .reporting import Reporter
-from .teacher_client import TeacherClient, connect
+from .teacher_client import Credentials, TeacherClient, connect
 from .teachers import Scope, Teacher, Teachers, choose, nobody
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def _open(
     if address is None:  # only rank 0 runs the function, so only rank 0 owns the server; the others get its address
         address = distributed.on_main(start_one)
     label = f"{place.key} ({place.scope})" if count > 1 else ""
-    client = _connect(config, address, label, on_wait)
+    client = _connect(config, address, label, on_wait, place.endpoint is None)
     stack.callback(client.close)
     info = client.teacher()
     who = f", for {place.scope}" if count > 1 else ""
@@ -129,8 +129,13 @@ def _open(
     return Teacher(client, info, place.scope)
 
 
-def _connect(config: Config, address: str | list[str], label: str, on_wait: Callable[[str], None]) -> TeacherClient:
+def _connect(
+    config: Config, address: str | list[str], label: str, on_wait: Callable[[str], None], own: bool
+) -> TeacherClient:
+    """A client; a teacher that this run started itself (`own`) listens on loopback and knows no key."""
+    files = ("api_key_file", "ca_file", "client_cert_file", "client_key_file")
     try:
+        credentials = None if own else Credentials(**{name: getattr(config.teacher, name) for name in files})
         return connect(
             address,
             timeout_s=config.teacher.timeout_s,
@@ -138,7 +143,10 @@ def _connect(config: Config, address: str | list[str], label: str, on_wait: Call
             max_in_flight=config.teacher.max_in_flight,
             name=f"trainer-{Path(config.training.output_dir).name}-{distributed.rank()}",
             on_wait=on_wait,
+            credentials=credentials,
         )
+    except ValueError as error:
+        raise UserError(str(error), "teacher") from error
     except errors.TeacherError as error:
         if not label:
             raise

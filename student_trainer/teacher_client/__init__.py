@@ -4,5 +4,6 @@ Public for notebooks and other trainers; needs no torch. See `connect` and `Teac
 """
 
 from student_trainer.teacher_client.client import TeacherClient, connect
+from student_trainer.teacher_client.credentials import Credentials
 
-__all__ = ["TeacherClient", "connect"]
+__all__ = ["Credentials", "TeacherClient", "connect"]

@@ -20,6 +20,7 @@ from protos.head import Head
 from protos.scores import Completion, Prompt, Sampling, ScoreRequest, Scores, ScoreSpec, TeacherInfo
 from protos.scores import Sequence as TokenSequence
 from student_trainer.teacher_client import heads, splitting
+from student_trainer.teacher_client.credentials import Credentials
 from student_trainer.teacher_client.generation import PieceCollector
 from student_trainer.teacher_client.replicas import Replicas
 from student_trainer.teacher_client.transport import Transport, open_transport
@@ -33,17 +34,19 @@ def connect(
     max_in_flight: int = 4,
     name: str = "",
     on_wait: Callable[[str], None] | None = None,
+    credentials: Credentials | None = None,
 ) -> TeacherClient:
     """A client of the teacher at `host:port`, `grpc://host:port` or `http://host:port`, or of replicas of one teacher.
 
     Asks the teacher who it is and remembers its fingerprint. `timeout_s` is the time of one attempt, `patience_s` how
     long a teacher that is down, loading or overloaded is waited for, `max_in_flight` the number of calls at the same
     time, `name` what the teacher knows this client by (its queue is fair between names). `on_wait` gets a line, in any
-    thread, each time that something is waited for. Raises Unavailable where nobody answers, ValueError for an address
+    thread, each time that something is waited for. `credentials` are files with a key and for TLS, which the addresses
+    grpcs://host:port and https://host:port want. Raises Unavailable where nobody answers, ValueError for an address
     that is none.
     """
     addresses = [address] if isinstance(address, str) else list(address)
-    replicas = Replicas([open_transport(a, name) for a in addresses], patience_s, on_wait)
+    replicas = Replicas([open_transport(a, name, credentials) for a in addresses], patience_s, on_wait)
     client = TeacherClient(replicas, timeout_s=timeout_s, max_in_flight=max_in_flight)
     try:
         client.teacher()

@@ -15,6 +15,7 @@ from google.rpc import status_pb2
 from protos import codec, errors
 from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
+from student_trainer.teacher_client.credentials import Credentials, Key
 from student_trainer.teacher_client.transport import CLIENT_HEADER, is_loopback
 
 SERVICE = "/teacher.v1.TeacherService/"
@@ -24,10 +25,14 @@ STATUS_KEY = "grpc-status-details-bin"
 class GrpcTransport:
     """See `transport.Transport`."""
 
-    def __init__(self, address: str, target: str, name: str = "") -> None:
+    def __init__(
+        self, address: str, target: str, name: str = "", credentials: Credentials | None = None, *, tls: bool = False
+    ) -> None:
+        credentials = credentials or Credentials()
         self._address = address
         self._closed = False
-        self._metadata = ((CLIENT_HEADER, name),) if name else ()
+        self._name: tuple[tuple[str, str], ...] = ((CLIENT_HEADER, name),) if name else ()
+        self._key = Key(credentials)
         local = is_loopback(urlsplit(f"//{target}").hostname or "")
         options = [
             ("grpc.keepalive_time_ms", 60_000),
@@ -37,7 +42,11 @@ class GrpcTransport:
             ("grpc.use_local_subchannel_pool", 1),
             *([("grpc.enable_http_proxy", 0)] if local else []),
         ]
-        self._channel = grpc.insecure_channel(target, options=options)
+        self._channel = (
+            grpc.secure_channel(target, _tls(credentials), options=options)
+            if tls
+            else grpc.insecure_channel(target, options=options)
+        )
         self._get_teacher: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(
             SERVICE + "GetTeacher"
         )
@@ -53,7 +62,7 @@ class GrpcTransport:
     def teacher(self, timeout_s: float) -> TeacherInfo:
         """See `Transport.teacher`."""
         try:
-            return codec.decode_teacher_bytes(self._get_teacher(b"", timeout=timeout_s, metadata=self._metadata))
+            return codec.decode_teacher_bytes(self._get_teacher(b"", timeout=timeout_s, metadata=self._metadata()))
         except (grpc.RpcError, ValueError) as error:
             raise self._error(error, timeout_s) from error
 
@@ -63,7 +72,7 @@ class GrpcTransport:
         reader = codec.ScoreResponseReader(len(request.sequences))
         results: dict[int, Scores] = {}
         try:
-            for data in self._score(messages, timeout=timeout_s, metadata=self._metadata):
+            for data in self._score(messages, timeout=timeout_s, metadata=self._metadata()):
                 done = reader.add_bytes(data)
                 if done is not None:
                     results[done[0]] = done[1]
@@ -78,7 +87,7 @@ class GrpcTransport:
         call = None
         try:
             data = codec.encode_generate_request(request).SerializeToString()
-            call = self._generate(data, timeout=timeout_s, metadata=self._metadata)
+            call = self._generate(data, timeout=timeout_s, metadata=self._metadata())
             for message in call:
                 yield codec.decode_deltas_bytes(message)
         except (grpc.RpcError, ValueError) as error:
@@ -92,7 +101,7 @@ class GrpcTransport:
         call = None
         try:
             data = codec.encode_head_request(fingerprint).SerializeToString()
-            call = self._head(data, timeout=timeout_s, metadata=self._metadata)
+            call = self._head(data, timeout=timeout_s, metadata=self._metadata())
             for message in call:
                 yield codec.decode_head_bytes(message)
         except (grpc.RpcError, ValueError) as error:
@@ -105,6 +114,9 @@ class GrpcTransport:
         """See `Transport.close`."""
         self._closed = True
         self._channel.close()
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return (*self._name, *self._key.headers())
 
     def _error(self, error: Exception, timeout_s: float) -> errors.TeacherError:
         """The tree's error for what grpc raised; a ValueError is a call on a closed channel, or a broken answer."""
@@ -125,3 +137,12 @@ class GrpcTransport:
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             status.message = f"no answer from {self._address} within {timeout_s:.4g} s"
         return codec.decode_error(status, code.name)
+
+
+def _tls(credentials: Credentials) -> grpc.ChannelCredentials:
+    """How gRPC checks the teacher and presents this client; ValueError for files that cannot be used."""
+    if credentials.of_tls:
+        credentials.context()  # says what is wrong with a file, which grpc does not
+    return grpc.ssl_channel_credentials(
+        credentials.read("ca_file"), credentials.read("client_key_file"), credentials.read("client_cert_file")
+    )

@@ -20,6 +20,7 @@ import httpx
 from protos import codec, errors
 from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
+from student_trainer.teacher_client.credentials import Credentials, Key
 from student_trainer.teacher_client.transport import CLIENT_HEADER, is_loopback
 
 PROTOBUF = "application/x-protobuf"
@@ -31,14 +32,17 @@ CONNECT_S = 20.0
 class HttpTransport:
     """See `transport.Transport`."""
 
-    def __init__(self, address: str, name: str = "") -> None:
+    def __init__(self, address: str, name: str = "", credentials: Credentials | None = None) -> None:
+        credentials = credentials or Credentials()
         self._address = address
+        self._key = Key(credentials)
         self._closed = False
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         headers = {"accept": PROTOBUF, **({CLIENT_HEADER: name} if name else {})}
         self._client = httpx.Client(
             base_url=address.rstrip("/"),
             headers=headers,
+            verify=credentials.context() if credentials.of_tls else True,
             trust_env=not is_loopback(httpx.URL(address).host),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
         )
@@ -101,7 +105,9 @@ class HttpTransport:
     def _stream(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Iterator[Iterator[bytes]]:
         """The chunks of a successful answer; everything else raises the tree's error."""
         end = time.monotonic() + timeout_s
-        headers = {TIMEOUT_HEADER: f"{timeout_s:.3f}", **({"content-type": PROTOBUF} if body is not None else {})}
+        headers = {TIMEOUT_HEADER: f"{timeout_s:.3f}", **dict(self._key.headers())}
+        if body is not None:
+            headers["content-type"] = PROTOBUF
         timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
         try:
             with self._client.stream(

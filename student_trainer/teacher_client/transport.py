@@ -6,12 +6,16 @@ out of reach is `Unavailable`. All methods may be called from several threads at
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
+from student_trainer.teacher_client.credentials import Credentials
+
+log = logging.getLogger(__name__)
 
 CLIENT_HEADER = "x-client"
 """HTTP header and gRPC metadata key by which a client gives its name; teachers queue fairly by it."""
@@ -46,8 +50,12 @@ class Transport(Protocol):
         ...
 
 
-def open_transport(address: str, name: str = "") -> Transport:
-    """The transport of `host:port`, `grpc://host:port` (gRPC) or `http://host:port` (HTTP); ValueError for others."""
+def open_transport(address: str, name: str = "", credentials: Credentials | None = None) -> Transport:
+    """The transport of `host:port`, `grpc://` or `grpcs://host:port` (gRPC), `http://` or `https://host:port` (HTTP).
+
+    grpcs and https are TLS. ValueError for other addresses, and for credentials that do not go with the address.
+    """
+    credentials = credentials or Credentials()
     scheme, separator, rest = address.partition("://")
     if not separator:
         scheme, rest = "grpc", address
@@ -56,15 +64,24 @@ def open_transport(address: str, name: str = "") -> Transport:
         host, port = parts.hostname, parts.port
     except ValueError:
         host, port = None, None
-    if scheme not in ("grpc", "http", "https") or not host or (scheme == "grpc" and (port is None or parts.path)):
-        raise ValueError(f"{address!r} is no teacher address; use host:port, grpc://host:port or http://host:port")
-    if scheme == "grpc":
+    grpc = scheme in ("grpc", "grpcs")
+    if scheme not in ("grpc", "grpcs", "http", "https") or not host or (grpc and (port is None or parts.path)):
+        raise ValueError(
+            f"{address!r} is no teacher address; use host:port, grpc://host:port or http://host:port, and grpcs:// or "
+            "https:// for TLS"
+        )
+    tls = scheme in ("grpcs", "https")
+    if not tls and credentials.of_tls:
+        raise ValueError(f"{credentials.of_tls} needs TLS, and {address} is without; use grpcs:// or https://")
+    if not tls and credentials.api_key_file and not is_loopback(host):
+        log.warning("the key goes to %s without TLS; whoever is on the way can read it", address)
+    if grpc:
         from student_trainer.teacher_client.grpc_channel import GrpcTransport
 
-        return GrpcTransport(address, rest, name)
+        return GrpcTransport(address, rest, name, credentials, tls=tls)
     from student_trainer.teacher_client.http_channel import HttpTransport
 
-    return HttpTransport(address, name)
+    return HttpTransport(address, name, credentials)
 
 
 def is_loopback(host: str) -> bool:
