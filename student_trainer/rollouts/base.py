@@ -16,6 +16,8 @@ import numpy.typing as npt
 
 from protos.scores import FinishReason, Floats, Ids
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class Rollout:
@@ -69,6 +71,15 @@ def in_order(engine: RolloutEngine, prompts: Sequence[Ids], **options: Any) -> l
     """The rollouts of `engine.sample` in the order of `prompts`."""
     found = dict(engine.sample(prompts, **options))
     return [found[i] for i in range(len(prompts))]
+
+
+def check_finite(logprobs: Floats) -> None:
+    """UserError where a sampler's log-probabilities are not finite, so its logits were not either."""
+    if not np.isfinite(logprobs).all():
+        raise UserError(
+            "the student's logits are not finite, so nothing can be sampled from it",
+            next_step="lower the learning rate, or go on from an earlier checkpoint",
+        )
 
 
 def row_limits(prompts: Sequence[Ids], max_new_tokens: int, max_length: int | None) -> npt.NDArray[np.int64]:

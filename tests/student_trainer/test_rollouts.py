@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from protos.scores import FinishReason, Ids, Message, Mode
 from student_trainer.modes import render
-from student_trainer.rollouts import cut_at_end, pad_left, sample, sample_sorted
+from student_trainer.rollouts import sample, sample_sorted
+from student_trainer.rollouts.padded import cut_at_end, pad_left
 from tests.student_trainer.conftest import STUDENT
 
 
