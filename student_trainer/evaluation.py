@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,18 +96,30 @@ Answer = tuple[Request, str, int, bool]
 """A problem, the text of an answer, its number of tokens, and whether it ended by itself."""
 
 
+Part = tuple[Mode, str | None]
+"""A mode and a domain."""
+
+
+def by_name(parts: Collection[Part]) -> dict[str, list[Part]]:
+    """Which of `parts` the metrics of a name are about: those of a mode, and of a domain where there are several."""
+    names = {mode.value: [p for p in parts if p[0] is mode] for mode in Mode}
+    domains = {domain for _, domain in parts}
+    if len(domains) > 1:
+        names |= {d: [p for p in parts if p[1] == d] for d in sorted(d for d in domains if d is not None)}
+    return {name: chosen for name, chosen in names.items() if chosen}
+
+
 def accuracy(verifier: Verifier | None, answers: Sequence[Answer]) -> dict[str, float]:
-    """Accuracy (where there is a verifier), mean length and share that ended, by mode."""
+    """Accuracy (where there is a verifier), mean length and share that ended, by mode and by domain (see `by_name`)."""
+    table: dict[Part, list[tuple[float, ...]]] = {}
+    for request, text, length, ended in answers:
+        right = () if verifier is None else (float(verifier(text, example_of(request))),)
+        table.setdefault((request.mode, request.domain), []).append((length, ended, *right))
     values: dict[str, float] = {}
-    for mode in Mode:
-        chosen = [a for a in answers if a[0].mode is mode]
-        if not chosen:
-            continue
-        values[f"completion_tokens_{mode.value}"] = sum(length for _, _, length, _ in chosen) / len(chosen)
-        values[f"finished_{mode.value}"] = sum(ended for _, _, _, ended in chosen) / len(chosen)
-        if verifier is not None:
-            right = [verifier(text, example_of(request)) for request, text, _, _ in chosen]
-            values[f"accuracy_{mode.value}"] = sum(right) / len(right)
+    for name, parts in by_name(table).items():
+        columns = zip(*(row for part in parts for row in table[part]), strict=True)
+        means = [sum(column) / len(column) for column in columns]
+        values |= {f"{k}_{name}": v for k, v in zip(("completion_tokens", "finished", "accuracy"), means, strict=False)}
     return values
 
 
@@ -142,7 +154,9 @@ class Evaluator:
         fitted, _ = fitting(self.answers, self.max_length)
         few = [r for mode in Mode for r in [a for a in fitted if a.mode is mode][:DIVERGENCE_ROWS]]
         by_length = sorted(few, key=lambda r: len(r.ids))
-        self.rows_of = {mode: [response_row(r) for r in by_length if r.mode is mode] for mode in Mode}
+        self.rows_of: dict[Part, list[Row]] = {}
+        for response in by_length:
+            self.rows_of.setdefault((response.mode, response.domain), []).append(response_row(response))
         self.rows = [row for rows in self.rows_of.values() for row in rows]
 
     def _ask(self, sampling: Sampling, folder: Path) -> list[Response]:
@@ -177,7 +191,7 @@ class Evaluator:
         `forward_kl`, `reverse_kl`, `tail_share` and `cross_entropy` are on the teacher's answers at temperature 1.
         `loss` is the stage's: on the teacher's answers off-policy, on rollouts of the student on-policy, where
         own_forward_kl and own_reverse_kl are the divergences on these at the stage's temperature. Names that end in a
-        mode are on its answers alone.
+        mode or a domain are on its answers alone.
         """
         if not self.requests:
             return None
@@ -225,13 +239,14 @@ class Evaluator:
 
     def _on_teacher_answers(self, student: Student, loss: StageLoss) -> dict[str, float]:
         losses, values = (self.plain, loss), dict[str, float]()
-        sums, tokens = torch.zeros((len(losses), len(METRICS)), dtype=torch.float64), 0
-        for mode, rows in self.rows_of.items():
-            part, count = self._sums(student, losses, self._scored(self.store, self._mine(rows, student)))
-            sums, tokens = sums + part, tokens + count
-            divergences = _means(part, count)[0].items()
-            values |= {f"{k}_{mode.value}": v for k, v in divergences if k in ("forward_kl", "reverse_kl")}
-        plain, own = _means(sums, tokens)
+        found = {
+            part: self._sums(student, losses, self._scored(self.store, self._mine(rows, student)))
+            for part, rows in self.rows_of.items()
+        }
+        for name, parts in by_name(found).items():
+            divergences = _means(*_total([found[p] for p in parts]))[0].items()
+            values |= {f"{k}_{name}": v for k, v in divergences if k in ("forward_kl", "reverse_kl")}
+        plain, own = _means(*_total(list(found.values()))) if found else ({}, {})
         return {**values, **plain, **{k: v for k, v in own.items() if k in ("loss", "soft_loss")}}
 
     def _on_rollouts(self, student: Student, loss: StageLoss) -> dict[str, float]:
@@ -274,11 +289,15 @@ class Evaluator:
                 sums[i] += found.double().cpu()
             tokens += completion_tokens(rows)
         parts = [(sums, tokens)] if student.sharded else distributed.gather((sums, tokens))
-        return torch.stack([part for part, _ in parts]).sum(0), sum(count for _, count in parts)
+        return _total(parts)
 
     def close(self) -> None:
         """Keeps the scores that have arrived."""
         self.store.close()
+
+
+def _total(parts: Sequence[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, int]:
+    return torch.stack([sums for sums, _ in parts]).sum(0), sum(tokens for _, tokens in parts)
 
 
 def _means(sums: torch.Tensor, tokens: int) -> list[dict[str, float]]:

@@ -233,6 +233,7 @@ def report(label: str, found: Measurement) -> None:
     """One line of what was measured, and the sample outputs."""
     names = ["loss", "accuracy_thinking", "accuracy_non_thinking", "forward_kl", "reverse_kl", "own_reverse_kl"]
     rest = ["tail_share", "finished_thinking", "finished_non_thinking", "completion_tokens_thinking"]
+    names += [n for n in found.values if n.startswith("accuracy_") and n not in names]
     values = [f"{n} {found.values[n]:.4g}" for n in [*names, *rest, "seconds"] if n in found.values]
     log.info("%s measured: %s", label, ", ".join(values))
     for mode, problem, answer in found.samples:

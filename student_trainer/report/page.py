@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
+from itertools import cycle
 from typing import Any
 
 from protos.scores import TeacherInfo
@@ -101,6 +102,9 @@ def _curves(run: RunReport, stage: Stage) -> str:
     loss = [Line("training batches", _points(metrics, "loss"), 1), Line("held-out", held_out("loss"), 2)]
     tail = [Line(batches, _points(metrics, "tail_share"), 1), Line("held-out, T = 1", held_out("tail_share"), 2)]
     accuracy = [Line(label, held_out(f"accuracy_{m}"), c) for m, label, c in MODES]
+    modes, prefix = [m for m, _, _ in MODES], "eval_accuracy_"
+    domains = {k.removeprefix(prefix) for m in metrics for k in m if k.startswith(prefix)} - set(modes)
+    accuracy += [Line(d, held_out(f"accuracy_{d}"), c) for d, c in zip(sorted(domains), cycle((1, 5, 2)))]
     last = max((m["step"] for m in metrics), default=0)
     teacher = run.rows[0] if run.rows else {}
     for mode, label, colour in MODES:
