@@ -147,6 +147,12 @@ class Training(Section):
     to start where it cannot, false always pads."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    parallel: Literal["ddp", "fsdp", "deepspeed"] | None = None
+    """How the processes of torchrun or accelerate launch share the training: ddp gives each the whole student, fsdp
+    (FSDP2) and deepspeed (ZeRO-3) shard weights, gradients and optimiser states; null takes what accelerate launch is
+    configured for, else ddp."""
+    deepspeed_config: str | None = None
+    """JSON file with DeepSpeed's own configuration where parallel is deepspeed; null takes plain ZeRO-3."""
     resume: bool | str = False
     """Continue from the newest checkpoint of each stage, or from the checkpoint folder named here."""
     log_file: str = "distillation.log"

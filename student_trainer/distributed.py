@@ -23,7 +23,7 @@ PATIENCE = timedelta(days=7)
 
 
 def start() -> None:
-    """Joins the process group that torchrun's environment describes; nothing where there is none."""
+    """Joins the process group that torchrun's or accelerate's environment describes; nothing where there is none."""
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         return
     if torch.cuda.is_available():

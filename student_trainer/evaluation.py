@@ -33,6 +33,7 @@ from .responses import Request, Response, collect, fitting
 from .rollouts import Rollout, sample_sorted
 from .row_scores import RowScores
 from .score_store import Wait
+from .sharding import whole
 from .stage_loss import METRICS, StageLoss
 from .teachers import Teachers
 from .verifiers import Verifier
@@ -64,13 +65,11 @@ class Student:
     tokenizer: Any
     vocab_size: int
     eos_ids: tuple[int, ...]
-    sharded: bool = False
 
     @property
     def sampling(self) -> dict[str, Any]:
         """The keyword arguments of `rollouts.sample` that do not change."""
-        same = {"vocab_size": self.vocab_size, "eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id}
-        return {**same, "synced_gpus": self.sharded}
+        return {"vocab_size": self.vocab_size, "eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id}
 
 
 def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_length: int) -> list[Request]:
@@ -198,31 +197,31 @@ class Evaluator:
         started = time.monotonic()
         training = student.model.training
         student.model.eval()
-        values, samples = self._answers(student)
-        values |= self._on_teacher_answers(student, loss.measured(self.plain))
-        if on_policy:
-            values |= self._on_rollouts(student, loss.measured(self.plain))
+        with whole(student.model):
+            values, samples = self._answers(student)
+            values |= self._on_teacher_answers(student, loss.measured(self.plain))
+            if on_policy:
+                values |= self._on_rollouts(student, loss.measured(self.plain))
         student.model.train(training)
         return Measurement({**values, "seconds": time.monotonic() - started}, samples)
 
-    def _mine(self, items: Sequence[T], student: Student) -> Sequence[T]:
-        """This process's share; a sharded model needs all its processes at the same work."""
-        return items if student.sharded else items[distributed.rank() :: distributed.world()]
+    def _mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share."""
+        return items[distributed.rank() :: distributed.world()]
 
     def _answers(self, student: Student) -> tuple[dict[str, float], list[tuple[str, str, str]]]:
         options = self.config.evaluation
         table: list[Answer] = []
         shown: list[tuple[str, str, str]] = []
         for mode in Mode:
-            requests = self._mine([r for r in self.requests if r.mode is mode], student)
+            requests = self._mine([r for r in self.requests if r.mode is mode])
             rollouts = self._sample(student, requests, options.max_new_tokens, options.temperature)
             texts = [answer_text(student.tokenizer, r) for r in rollouts]
             for request, rollout, text in zip(requests, rollouts, texts, strict=True):
                 table.append((request, text, len(rollout.completion_ids), rollout.finish_reason is FinishReason.STOP))
             pairs = list(zip(requests, texts, strict=True))[: options.show]
             shown += [(mode.value, r.messages[-1].content, text) for r, text in pairs]
-        if not student.sharded:
-            table = [entry for part in distributed.gather(table) for entry in part]
+        table = [entry for part in distributed.gather(table) for entry in part]
         return accuracy(self.verifier, table), shown
 
     def _sample(self, student: Student, requests: Sequence[Request], tokens: int, temperature: float) -> list[Rollout]:
@@ -240,7 +239,7 @@ class Evaluator:
     def _on_teacher_answers(self, student: Student, loss: StageLoss) -> dict[str, float]:
         losses, values = (self.plain, loss), dict[str, float]()
         found = {
-            part: self._sums(student, losses, self._scored(self.store, self._mine(rows, student)))
+            part: self._sums(student, losses, self._scored(self.store, self._mine(rows)))
             for part, rows in self.rows_of.items()
         }
         for name, parts in by_name(found).items():
@@ -253,7 +252,7 @@ class Evaluator:
         requests = [r for mode in Mode for r in [q for q in self.requests if q.mode is mode][:SAMPLED_ROWS]]
         options = self.config.policy_distillation
         temperature = options.sampling_temperature or options.temperature
-        mine = self._mine(requests, student)
+        mine = self._mine(requests)
         rollouts = self._sample(student, mine, options.max_new_tokens, temperature)
         rows = sorted((rollout_row(r, q) for r, q in zip(rollouts, mine, strict=True)), key=lambda r: len(r.ids))
         store = RowScores(self.teachers, self.store.spec)
@@ -288,7 +287,7 @@ class Evaluator:
                     _, found = student.model(**inputs, objective=loss.on(targets))
                 sums[i] += found.double().cpu()
             tokens += completion_tokens(rows)
-        parts = [(sums, tokens)] if student.sharded else distributed.gather((sums, tokens))
+        parts = distributed.gather((sums, tokens))
         return _total(parts)
 
     def close(self) -> None:

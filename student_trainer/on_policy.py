@@ -31,6 +31,7 @@ from .modes import assign_modes
 from .packing import forward_inputs
 from .responses import Request
 from .rollouts import Rollout, sample
+from .sharding import whole
 from .stage import Outcome, Session, begin, train
 from .stage_loss import StageLoss
 from .teachers import Pending, Teachers
@@ -97,11 +98,12 @@ class RolloutFeed:
         modes = assign_modes(examples, self.options.thinking_prob, self.config.training.seed + epoch)
         requests = [self._requests[e.id, mode] for e, mode in zip(examples, modes, strict=True)]
         asked: list[Asked] = []
-        for mode in (Mode.NON_THINKING, Mode.THINKING):
-            rollouts = self._sample([r for r in requests if r.mode is mode], step, mode)
-            rollouts.sort(key=lambda r: len(r[0].ids))
-            for first in range(0, len(rollouts), self.options.batch_size):
-                asked += self._ask(rollouts[first : first + self.options.batch_size])
+        with whole(self.student.model):
+            for mode in (Mode.NON_THINKING, Mode.THINKING):
+                rollouts = self._sample([r for r in requests if r.mode is mode], step, mode)
+                rollouts.sort(key=lambda r: len(r[0].ids))
+                for first in range(0, len(rollouts), self.options.batch_size):
+                    asked += self._ask(rollouts[first : first + self.options.batch_size])
         lengths = [len(a.row.ids) for a in asked]
         parts = cut(lengths, len(micro_batches), packed=packing.packs(self.student.model))
         return [self._batch([asked[i] for i in part]) for part in reversed(parts)]

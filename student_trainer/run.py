@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from protos.scores import Mode, Prompt, Sampling, ScoreSpec, Sequence
 
-from . import distributed, off_policy, on_policy
+from . import distributed, off_policy, on_policy, parallel
 from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about, recover
 from .config import Config
 from .data import load_examples
@@ -45,6 +45,7 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
     """Does `stage` (all, non_policy, policy or test) as configured; every user's mistake is an error that `explain`
     knows.
     """
+    parallel.prepare_environment()
     distributed.start()
     with ExitStack() as stack:
         stack.callback(distributed.stop)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from . import distributed
@@ -26,6 +26,7 @@ from .checkpoints import Layout, put, rotate, write_about
 from .errors import Interrupted, UserError, is_disk_full
 from .manifest import size_of
 from .model_card import model_card
+from .sharding import ShardingTrainer
 from .stopping import Stopper
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class StepBoundary(TrainerCallback):  # type: ignore[misc]
             torch.cuda.set_rng_state_all(self.states["cuda"])
 
 
-class SavingTrainer(Trainer):  # type: ignore[misc]
+class SavingTrainer(ShardingTrainer):
     """A Trainer that saves as the module says. `about` is what a model folder's training_config.json says."""
 
     def __init__(

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from . import distributed, packing, reporting
+from . import distributed, packing, parallel, reporting
 from .checkpoints import Layout, prepare, read_about
 from .config import Config, NonPolicyDistillation, PolicyDistillation
 from .data import Example
@@ -92,6 +93,8 @@ def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillatio
             hint = f"did you mean {near[0]}?" if near else "see transformers.TrainingArguments"
             raise UserError("no argument of transformers.TrainingArguments", f"training.extra.{name}", hint)
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    way = parallel.chosen(training)
+    narrow = config.models.torch_dtype == "bfloat16"
     values: dict[str, Any] = {
         "output_dir": str(layout.root),
         "per_device_train_batch_size": options.batch_size,
@@ -114,10 +117,10 @@ def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillatio
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
-        "ddp_find_unused_parameters": False,
         # Without this, accelerate takes several processes without GPUs for independent ones.
         "use_cpu": distributed.world() > 1 and not torch.cuda.is_available(),
-        checkpointing: training.gradient_checkpointing,
+        checkpointing: training.gradient_checkpointing and not parallel.checkpoints_itself(way),
+        **parallel.arguments(training, way, narrow),
     }
     try:
         args = TrainingArguments(**{**values, **training.extra})
@@ -162,7 +165,8 @@ def train(
     """Trains to the end, writes best and final model, and gives what was measured on the best one."""
     on_policy = isinstance(options, PolicyDistillation)
     args, stopper = arguments(session.config, options, layout), Stopper()
-    warn_of_rounding(student.model, options.learning_rate)
+    if parallel.chosen(session.config.training) == "ddp" or not args.bf16:  # else float32 weights are kept beside them
+        warn_of_rounding(student.model, options.learning_rate)
     progress = reporting.TrainingProgress(session.reporter, label)
     history = History(layout.root)
     callbacks: list[Any] = [
@@ -215,6 +219,7 @@ def train(
             raise trainer.save_and_stop(stop) from None
         finally:
             progress.close()
+            unset_hf_deepspeed_config()  # else the next student would be loaded in shards
     log.info("%s: %d steps in %.0f s", label, trainer.state.global_step, time.monotonic() - started)
     last = trainer.last_measurement.values if trainer.last_measurement else {}
     if distributed.on_main(lambda: not layout.best_model.is_dir()):
