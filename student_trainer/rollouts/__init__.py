@@ -29,10 +29,5 @@ def sample_sorted(
     model: Any, prompts: Sequence[Ids], *, rows: int, seed: int | None = None, **options: Any
 ) -> list[Rollout]:
     """At most `rows` prompts at a time; the order given."""
-    same = {
-        "vocab_size": options.pop("vocab_size"),
-        "eos_ids": options.pop("eos_ids"),
-        "pad_id": options.pop("pad_id"),
-        "sharded": options.pop("synced_gpus", False),
-    }
+    same = {name: options.pop(name) for name in ("vocab_size", "eos_ids", "pad_id")}
     return in_order(model_engine(model, slots=max(rows, 1), **same), prompts, seed=seed or 0, **options)

@@ -48,11 +48,15 @@ class RolloutEngine(Protocol):
         seed: int,
         max_length: int | None = None,
         logprobs: bool = False,
+        rows: int | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         """One completion for each prompt: its place among `prompts` and the rollout, each as soon as it has ended.
 
-        Temperature 0 is greedy. `max_length` bounds prompt and completion together; every prompt must be shorter. A
-        rollout depends on the weights, `seed` and its own prompt alone, whatever else is sampled beside it (up to
+        At temperature 0 it is the most likely completion, with log-probabilities at temperature 1. At most `rows` run
+        at the same time, or as many as the engine was made for. `max_length` bounds prompt and completion together;
+        every prompt must be shorter.
+
+        A rollout depends on the weights, `seed` and its own prompt alone, whatever else is sampled beside it (up to
         rounding, which can tip a draw that lies on the edge). Weights must not change before the last one has come,
         and one `sample` must end, or be closed, before the next begins.
         """

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -33,17 +32,15 @@ PREFILL_TOKENS = 16384
 class ContinuousEngine:
     """Samples from `model` itself, so every change of its weights counts at once.
 
-    Keys and values take at most slots * (prompt + completion) positions. `sharded`: the processes of a sharded model
-    call `sample` together and take as many passes as the one that needs most.
+    Keys and values take at most `slots` times the longest prompt and completion. A model in shards must be whole (see
+    sharding.whole).
     """
 
     name = "continuous"
 
-    def __init__(
-        self, model: Any, *, vocab_size: int, eos_ids: Sequence[int], pad_id: int, slots: int, sharded: bool = False
-    ) -> None:
+    def __init__(self, model: Any, *, vocab_size: int, eos_ids: Sequence[int], pad_id: int, slots: int) -> None:
         self.model, self.vocab_size, self.eos_ids, self.pad_id = model, vocab_size, tuple(eos_ids), pad_id
-        self.slots, self.sharded = slots, sharded
+        self.slots = slots
 
     @staticmethod
     def suits(model: Any) -> bool:
@@ -60,24 +57,13 @@ class ContinuousEngine:
         seed: int,
         max_length: int | None = None,
         logprobs: bool = False,
+        rows: int | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         """See RolloutEngine."""
-        batch = _Batch(self, prompts, row_limits(prompts, max_new_tokens, max_length), temperature, seed)
-        ended: list[tuple[int, Rollout]] = []
-        while batch.running or batch.waiting or ended or self.sharded:
-            if not self._others_work(bool(batch.running or batch.waiting)):
-                break
-            ended = batch.advance(logprobs)
-            yield from ended
-            ended = []
-
-    def _others_work(self, busy: bool) -> bool:
-        """Whether any process of a sharded model has a pass to make; all make it together."""
-        if not self.sharded or not dist.is_initialized():
-            return busy
-        flag = torch.tensor(int(busy))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        limits, slots = row_limits(prompts, max_new_tokens, max_length), min(rows or self.slots, len(prompts))
+        batch = _Batch(self, prompts, limits, temperature, seed, slots)
+        while batch.running or batch.waiting:
+            yield from batch.advance(logprobs)
 
     def update_weights(self) -> None:
         """Nothing: the model is the student."""
@@ -96,6 +82,7 @@ class _Batch:
         limits: np.ndarray[Any, np.dtype[np.int64]],
         temperature: float,
         seed: int,
+        slots: int,
     ) -> None:
         self.engine, self.model, self.prompts, self.limits = engine, engine.model, prompts, limits
         self.temperature = temperature
@@ -104,7 +91,7 @@ class _Batch:
         self.idle = len(prompts)
         """Slots left free so far, summed over passes: prompts are read when that has cost as much as one more pass."""
         self.seeds = row_seeds(prompts, seed)
-        self.slots = slots = min(engine.slots, len(prompts))
+        self.slots = slots
         most = int(limits.max()) if slots else 0
         self.cache: slot_cache.SlotCache | None = None
         self.positions = np.zeros(slots, np.int64)
@@ -128,11 +115,8 @@ class _Batch:
             self.idle += free
             if self.waiting and self.idle >= self.slots:
                 states, self.idle = self._read(free), 0
-            elif self.running:
-                states = self._step()
             else:
-                self._forward(torch.full((1, 1), self.engine.pad_id, device=self.device), use_cache=False)
-                return []
+                states = self._step()
         finally:
             if training:
                 self.model.train()

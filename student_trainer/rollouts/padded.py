@@ -59,18 +59,16 @@ def cut_at_end(
 
 
 class PaddedEngine:
-    """Batches of at most `slots` prompts of `model`, sorted by length so that little is padded.
+    """Batches of at most `slots` prompts, sorted by length so that little is padded.
 
-    `sharded` keeps the processes of a sharded model in step; they must call with equally many prompts.
+    A model in shards must be whole (see sharding.whole).
     """
 
     name = "padded"
 
-    def __init__(
-        self, model: Any, *, vocab_size: int, eos_ids: Sequence[int], pad_id: int, slots: int, sharded: bool = False
-    ) -> None:
+    def __init__(self, model: Any, *, vocab_size: int, eos_ids: Sequence[int], pad_id: int, slots: int) -> None:
         self.model, self.vocab_size, self.eos_ids, self.pad_id = model, vocab_size, tuple(eos_ids), pad_id
-        self.slots, self.sharded = slots, sharded
+        self.slots = slots
 
     def sample(
         self,
@@ -81,19 +79,21 @@ class PaddedEngine:
         seed: int,
         max_length: int | None = None,
         logprobs: bool = False,
+        rows: int | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         """See RolloutEngine."""
         limits, seeds = row_limits(prompts, max_new_tokens, max_length), row_seeds(prompts, seed)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-        for first in range(0, len(order), self.slots):
-            rows = order[first : first + self.slots]
+        size = rows or self.slots
+        for first in range(0, len(order), size):
+            chosen = order[first : first + size]
             numbers = None
             if temperature > 0:
-                numbers = np.zeros((len(rows), int(limits[rows].max())))
-                for row, i in enumerate(rows):
+                numbers = np.zeros((len(chosen), int(limits[chosen].max())))
+                for row, i in enumerate(chosen):
                     numbers[row, : limits[i]] = np.random.default_rng(seeds[i]).random(int(limits[i]))
-            batch = [prompts[i] for i in rows]
-            yield from zip(rows, self._batch(batch, limits[rows], temperature, numbers, logprobs), strict=True)
+            batch = [prompts[i] for i in chosen]
+            yield from zip(chosen, self._batch(batch, limits[chosen], temperature, numbers, logprobs), strict=True)
 
     def _batch(
         self,
@@ -125,7 +125,6 @@ class PaddedEngine:
                     attention_mask=mask,
                     generation_config=config,
                     logits_processor=LogitsProcessorList([draws]),
-                    synced_gpus=self.sharded,
                 )
         finally:
             model.train(training)
