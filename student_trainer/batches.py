@@ -93,6 +93,14 @@ def completion_ids(rows: Sequence[Row]) -> Longs:
     return np.concatenate([r.ids[r.start :] for r in rows]).astype(np.int64)
 
 
+def first_tokens(rows: Sequence[Row]) -> npt.NDArray[np.bool_]:
+    """bool[N]: which completion tokens of `rows` are the first of theirs."""
+    lengths = np.fromiter((len(r.ids) - r.start for r in rows), np.int64, len(rows))
+    first = np.zeros(lengths.sum(), np.bool_)
+    first[(np.cumsum(lengths) - lengths)[lengths > 0]] = True
+    return first
+
+
 def completion_tokens(rows: Sequence[Row]) -> int:
     """N, the completion tokens of `rows`."""
     return sum(len(r.ids) - r.start for r in rows)

@@ -255,6 +255,9 @@ class PolicyDistillation(Section):
     """Largest number of tokens that the student samples."""
     sampling_temperature: Temperature | None = None
     """Temperature at which the student samples; null takes the loss's temperature."""
+    max_staleness: Annotated[int, Field(ge=0)] = 0
+    """Optimiser steps between sampling a rollout and training on it: 0 is strictly on-policy. Above 0 the teacher
+    scores while the student trains, and importance weights make up for what the student has learnt meanwhile."""
     max_steps: MaxSteps = -1
     """Stop after this many optimiser steps; -1 goes by num_epochs."""
 
@@ -275,6 +278,16 @@ class PolicyDistillation(Section):
         if self.distribution == "full" and (self.support == "student" or self.loss == "policy_gradient"):
             what = "support student" if self.support == "student" else "loss policy_gradient"
             raise ValueError(f"{what} estimates what distribution full knows exactly; set one of them to another value")
+        return self
+
+    @model_validator(mode="after")
+    def _prefixes_of_one_temperature(self) -> PolicyDistillation:
+        divergence = self.loss != "policy_gradient" and self.support == "teacher"
+        if self.max_staleness and divergence and self.sampling_temperature not in (None, self.temperature):
+            raise ValueError(
+                f"max_staleness {self.max_staleness} weighs prefixes at the loss's temperature {self.temperature}, "
+                f"sampling_temperature is {self.sampling_temperature}; leave it out, or set max_staleness to 0"
+            )
         return self
 
 

@@ -1,9 +1,9 @@
 """The one `transformers.Trainer` of both stages: it trains on what a stage's `Feed` hands it and leaves the rest to
 transformers.
 
-Four hooks are overridden. `get_batch_samples` asks the feed for the micro-batches of a whole optimizer step, so that
-a stage can sample, or ask the teacher ahead. `compute_loss` runs the loss inside the wrapped model's forward (DDP and
-FSDP synchronise as ever) and divides its sum by the completion tokens of the global batch: all processes, all
+Four hooks are overridden. `get_batch_samples` announces optimizer steps to the feed ahead of the one that it takes, so
+that a stage can sample, or ask the teacher, early. `compute_loss` runs the loss inside the wrapped model's forward (DDP
+and FSDP synchronise as ever) and divides its sum by the completion tokens of the global batch: all processes, all
 accumulation steps. `evaluate` measures with the stage's evaluator and keeps the best model. `_get_grad_norm` refuses a
 gradient that is no number. Saving is saving.py.
 
@@ -15,61 +15,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Protocol
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from .batches import GroupedSampler, Row, completion_tokens, cut
+from .batches import GroupedSampler, completion_tokens, first_tokens
 from .checkpoints import Layout
 from .errors import UserError
 from .evaluation import Measurement
-from .losses import Targets
+from .feed import Feed, MicroBatch
 from .packing import forward_inputs, packs
 from .saving import SavingTrainer
-from .stage_loss import METRICS, StageLoss
+from .schedule import Schedule
+from .stage_loss import COLUMNS, StageLoss
 from .stopping import Stopper
-
-
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
-    """Sequences that train in one forward pass.
-
-    `targets` waits for the teacher and gives the targets of the completion tokens in the order of `rows`;
-    `rollout_logprobs` float32[N] are the sampler's, where the loss weighs by them.
-    """
-
-    rows: Sequence[Row]
-    targets: Callable[[], Targets]
-    rollout_logprobs: torch.Tensor | None = None
-
-
-class Feed(Protocol):
-    """What a stage trains on. Indices are those of the stage's examples, in 0..len-1."""
-
-    ahead: int
-    """Optimizer steps whose micro-batches are announced before they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each example, by which a global batch is sorted, and each process's share cut into
-        micro-batches.
-        """
-        ...
-
-    def announce(self, indices: Sequence[int]) -> None:
-        """A micro-batch that will be asked for soon."""
-        ...
-
-    def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
-        """As many micro-batches as were given, for optimizer step `step` (0 is the first)."""
-        ...
 
 
 class _Indices(Dataset[int]):
@@ -118,9 +82,8 @@ class DistillationTrainer(SavingTrainer):
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.feed, self.loss, self._evaluator = feed, loss, evaluator
-        self._iterator: Iterator[list[int]] | None = None
-        self._queue: deque[list[list[int]]] = deque()
-        self._lengths = feed.lengths()
+        self._announced = 0
+        self._weighed = False
         self._losses: list[torch.Tensor] = []
         self._names: list[str] = []
         self._sums: torch.Tensor | None = None
@@ -145,29 +108,40 @@ class DistillationTrainer(SavingTrainer):
         )
         self.remove_callback(PrinterCallback)
 
+        self._schedule = Schedule(
+            feed.lengths(),
+            batch_size=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            rank=args.process_index,
+            world=args.world_size,
+            seed=args.seed,
+            packed=packs(self.model),
+        )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> GroupedSampler:
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return GroupedSampler(self._lengths, group, self.args.seed)
+        return self._schedule.sampler()
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[list[int]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, MicroBatch]], torch.Tensor]:
         """The micro-batches of one optimizer step, and the completion tokens of the global batch."""
         self.stopper.check()
-        if epoch_iterator is not self._iterator:
-            self._iterator = epoch_iterator
-            self._queue.clear()
-        while len(self._queue) <= self.feed.ahead:
-            equal = list(islice(epoch_iterator, self.args.gradient_accumulation_steps))
-            if not equal:
-                break
-            self._queue.append(self._cut(equal))
-            for indices in self._queue[-1]:
-                self.feed.announce(indices)
+        given = sorted(chain.from_iterable(islice(epoch_iterator, num_batches)))
         started = time.monotonic()
-        groups = self._queue.popleft() if self._queue else []
-        assert len(groups) == num_batches, "a step's micro-batches are not those that the Trainer counts"
-        batches = self.feed.step(groups, self.state.global_step, int(self.state.epoch or 0)) if groups else []
+        if not self._announced:
+            self._since = started
+        number = self.state.global_step
+        step = self._schedule.step(number)
+        if given != sorted(chain.from_iterable(step.micro_batches)) or num_batches != len(step.micro_batches):
+            raise UserError(
+                f"step {number} of the data loader has other examples than the stage's schedule",
+                "training.extra",
+                "leave the data loader's settings (accelerator_config, dataloader_*, ignore_data_skip) alone",
+            )
+        for ahead in range(max(self._announced, number), min(number + self.feed.ahead + 1, self.state.max_steps)):
+            self.feed.announce(self._schedule.step(ahead))
+            self._announced = ahead + 1
+        batches = self.feed.take(step)
         self._seconds["sampling"] += time.monotonic() - started
         tokens = torch.tensor(float(sum(completion_tokens(b.rows) for b in batches)), device=device)
         tokens = self.accelerator.reduce(tokens, "sum")
@@ -175,12 +149,6 @@ class DistillationTrainer(SavingTrainer):
         self._steps += 1
         self._losses, self._names = [], []
         return [{"batch": batch} for batch in batches], tokens
-
-    def _cut(self, equal: list[list[int]]) -> list[list[int]]:
-        """One process's micro-batches of a step, anew, with less padding or more evenly filled; as many as before."""
-        rows = [i for indices in equal for i in indices]
-        groups = cut([self._lengths[i] for i in rows], len(equal), packed=packs(self.model))
-        return [[rows[place] for place in group] for group in groups]
 
     def compute_loss(
         self,
@@ -193,19 +161,34 @@ class DistillationTrainer(SavingTrainer):
         assert num_items_in_batch is not None, "the loss is normalised by the tokens of the global batch"
         batch, device = inputs["batch"], self.args.device
         started = time.monotonic()
-        targets = batch.targets().to(device)
+        scores = batch.scores()
         self._seconds["teacher"] += time.monotonic() - started
+        targets = batch.targets(scores).to(device)
         placed = forward_inputs(self.model, batch.rows, self.processing_class.pad_token_id, device)
-        loss, sums = model(**placed, objective=self.loss.on(targets, _to(batch.rollout_logprobs, device)))
+        loss, sums = model(**placed, objective=self.loss.on(targets, *self._rollouts(batch, device)))
         self._held += placed["input_ids"].numel()
         self._filled += sum(len(r.ids) for r in batch.rows)
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._add(sums, completion_tokens(batch.rows))
         self._losses.append(loss.detach())
         self._names.append(_named([r.name for r in batch.rows]))
         if self.accelerator.gradient_state.sync_gradients:
             self._refuse_non_finite()
         scaled: torch.Tensor = loss * (self.args.world_size / num_items_in_batch)
         return scaled
+
+    def _rollouts(self, batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """float32[N] the sampler's log-probabilities and bool[N] the first tokens, where the loss weighs by them."""
+        if batch.rollout_logprobs is None:
+            return None, None
+        return batch.rollout_logprobs.to(device), torch.from_numpy(first_tokens(batch.rows)).to(device)
+
+    def _add(self, sums: torch.Tensor, tokens: int) -> None:
+        """Adds a micro-batch to the sums of COLUMNS; tokens that are not weighed have the weight 1."""
+        if len(sums) == len(COLUMNS):
+            self._weighed = True
+        else:
+            sums = torch.cat([sums, sums.new_full((1,), tokens)])
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def _refuse_non_finite(self) -> None:
         """Stops before the optimizer step where a micro-batch of it has a loss that is no number."""
@@ -234,8 +217,10 @@ class DistillationTrainer(SavingTrainer):
         """Adds the stage's metrics, means since the last line, to what the Trainer logs after a step."""
         if "loss" in logs and self._sums is not None:
             means = self.accelerator.reduce(self._sums, "sum") / max(self._tokens, 1.0)
-            named = dict(zip(METRICS, means.tolist(), strict=True))
+            named = dict(zip(COLUMNS, means.tolist(), strict=True))
             named.pop("loss")
+            if not self._weighed:
+                named.pop("importance_weight")
             if self.loss.objective.beta == 0:
                 named.pop("cross_entropy")
             steps, elapsed = max(self._steps, 1), time.monotonic() - self._since
@@ -292,6 +277,10 @@ class DistillationTrainer(SavingTrainer):
         """Seconds spent on saving since the last line of metrics."""
         return self._seconds["saving"]
 
+    def save_feed(self, folder: Path) -> None:
+        """Adds what the feed has under way."""
+        self.feed.save(folder, self.state.global_step)
+
     def measured(self) -> dict[str, float]:
         """What was measured last."""
         return self.last_measurement.values if self.last_measurement else {}
@@ -305,7 +294,3 @@ def _named(names: Sequence[str], shown: int = 8) -> str:
     """The examples of a micro-batch, for a message."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
-
-
-def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,22 @@ from protos.scores import Sampling
 from . import distributed
 from .batches import Row, completion_ids
 from .checkpoints import Layout, off_policy_layout
-from .distillation_trainer import MicroBatch
 from .evaluation import Student, requests_for, response_row
+from .feed import MicroBatch
 from .modes import pair_with_modes
 from .responses import Response, collect, fitting, read, reuse
 from .row_scores import RowScores
+from .schedule import Step
 from .score_store import Wait
 from .stage import Outcome, Session, begin, train
 from .stage_loss import StageLoss
 
 log = logging.getLogger(__name__)
+
+AHEAD_STEPS, AHEAD_ROWS = 2, 128
+"""How far ahead scores are asked for: so many optimizer steps at least, and as many as have so many rows, unless these
+are hidden states.
+"""
 
 
 def distil(session: Session, student: Student) -> Outcome:
@@ -42,7 +49,8 @@ def distil(session: Session, student: Student) -> Outcome:
     responses = teacher_responses(session, layout, student.tokenizer)
     loss = StageLoss.off_policy(options, session.teachers.normalized_size, session.teachers.head)
     store = RowScores(session.teachers, loss.spec, layout.root / "scores", distributed.rank())
-    feed = ResponseFeed(responses, store, loss)
+    step_rows = options.batch_size * options.gradient_accumulation_steps
+    feed = ResponseFeed(responses, store, loss, step_rows)
     try:
         measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 1, off-policy")
     finally:
@@ -93,19 +101,14 @@ def ask(session: Session, path: Path, tokenizer: Any) -> None:
 
 
 class ResponseFeed:
-    """Micro-batches of responses with their scores, asked for two steps early."""
+    """Micro-batches of responses with their scores, asked for `ahead` optimizer steps early, one call for each step."""
 
-    ahead = 2
-
-    def __init__(
-        self,
-        responses: Sequence[Response],
-        store: RowScores,
-        loss: StageLoss,
-    ) -> None:
+    def __init__(self, responses: Sequence[Response], store: RowScores, loss: StageLoss, step_rows: int) -> None:
+        """`step_rows` is the number of responses of an optimizer step."""
         self.rows = [response_row(r) for r in responses]
         self.store, self.loss = store, loss
-        self._waits: dict[tuple[int, ...], Wait] = {}
+        self.ahead = AHEAD_STEPS if loss.teacher else max(AHEAD_STEPS, -(-AHEAD_ROWS // step_rows))
+        self._waits: dict[int, Wait] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,14 +117,29 @@ class ResponseFeed:
         """Tokens of each response with its prompt."""
         return [len(row.ids) for row in self.rows]
 
-    def announce(self, indices: Sequence[int]) -> None:
+    def announce(self, step: Step) -> None:
         """Asks the teacher for what is not known yet."""
-        self._waits[tuple(indices)] = self.store.request([self.rows[i] for i in indices])
+        self._waits[step.number] = self.store.request([self.rows[i] for m in step.micro_batches for i in m])
 
-    def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
-        """The announced micro-batches."""
-        return [self._batch([self.rows[i] for i in m], self._waits.pop(tuple(m))) for m in micro_batches]
+    def take(self, step: Step) -> list[MicroBatch]:
+        """The micro-batches of an announced step."""
+        wait, first, found = cache(self._waits.pop(step.number)), 0, []
+        for indices in step.micro_batches:
+            found.append(self._batch([self.rows[i] for i in indices], wait, first))
+            first += len(indices)
+        return found
 
-    def _batch(self, rows: list[Row], wait: Wait) -> MicroBatch:
-        tokens = completion_ids(rows)
-        return MicroBatch(rows, lambda: self.loss.targets(tokens, wait(), self.store.spec.temperatures))
+    def _batch(self, rows: list[Row], wait: Wait, first: int) -> MicroBatch:
+        tokens, temperatures = completion_ids(rows), self.store.spec.temperatures
+        return MicroBatch(
+            rows,
+            lambda: wait()[first : first + len(rows)],
+            lambda scores: self.loss.targets(tokens, scores, temperatures),
+        )
+
+    def save(self, folder: Path, step: int) -> None:
+        """Keeps the scores that have arrived; a run that goes on asks for the others again."""
+        self.store.keep()
+
+    def restore(self, folder: Path) -> None:
+        """Nothing: what was kept is in the store."""

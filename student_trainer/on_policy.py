@@ -1,9 +1,11 @@
 """Stage 2, on-policy: the student samples, the teacher scores those very tokens, and the student minimises a
 divergence on them.
 
-One optimizer step: draw prompts and their modes, sample one completion for each, send all of them to the teacher at
-once, and train on the first micro-batch as soon as its scores are there, while the teacher scores the others. The
-default is the reverse KL over the teacher's top K and the tail. Knows no transport and no training loop.
+One optimizer step: draw prompts and their modes, sample one completion for each, send them to the teacher, a few at a
+time as they end, and train on the first micro-batch as soon as its scores are there, while the teacher scores the
+others. With `max_staleness` N the rollouts of step s + N are sampled before step s trains, so that their scores arrive
+meanwhile, and importance weights make up for what N steps changed. The default is the reverse KL over the teacher's top
+K and the tail. Knows no transport and no training loop.
 """
 
 from __future__ import annotations
@@ -11,30 +13,35 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from protos.scores import Floats, Ids, Mode, ids_array
+from protos.scores import Ids, Mode, Scores, ids_array
 
-from . import distributed, packing
+from . import distributed, in_flight, packing
 from .batches import Row, completion_ids, cut
 from .checkpoints import on_policy_layout
 from .config import Config
 from .data import Example
-from .distillation_trainer import MicroBatch
 from .errors import UserError
 from .evaluation import Student, requests_for, rollout_row
+from .feed import MicroBatch
+from .in_flight import Asked, Flight
 from .losses import Head, Targets, student_top_k
 from .modes import assign_modes
 from .packing import forward_inputs
 from .responses import Request
 from .rollouts import Rollout, sample
+from .schedule import Step
 from .sharding import whole
 from .stage import Outcome, Session, begin, train
 from .stage_loss import StageLoss
-from .teachers import Pending, Teachers
+from .teachers import Teachers
 
 log = logging.getLogger(__name__)
 
@@ -50,27 +57,16 @@ def distil(session: Session, student: Student) -> Outcome:
     return Outcome(layout.best_model, measured, time.monotonic() - started)
 
 
-class Asked(NamedTuple):
-    """A rollout that its teacher is scoring: `candidates` int32[R,K] are the ids that the teacher was asked about,
-    `logprobs` float32[R] the sampler's.
-    """
-
-    row: Row
-    candidates: Ids | None
-    logprobs: Floats | None
-    score: Pending
-
-
 class RolloutFeed:
-    """Micro-batches of fresh rollouts; all scores of a step are asked for before the first of them trains."""
-
-    ahead = 0
+    """Micro-batches of rollouts of the present student, or of one that is `ahead` optimizer steps older."""
 
     def __init__(
         self, config: Config, examples: Sequence[Example], student: Student, teachers: Teachers, loss: StageLoss
     ) -> None:
         self.config, self.options = config, config.policy_distillation
         self.student, self.teachers, self.loss = student, teachers, loss
+        self.ahead = self.options.max_staleness
+        self._flights: dict[int, Flight] = {}
         tokenizer, max_length = student.tokenizer, config.data.max_length
         both = requests_for(tokenizer, [(e, mode) for e in examples for mode in Mode], max_length)
         self._requests = {(r.example_id, r.mode): r for r in both}
@@ -85,31 +81,67 @@ class RolloutFeed:
         """All alike, because what a prompt's completion takes is not known before it is sampled."""
         return [1] * len(self.examples)
 
-    def announce(self, indices: Sequence[int]) -> None:
-        """Nothing: what the next step samples depends on this step's weights."""
-
-    def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
-        """Samples, asks, and gives as many micro-batches as there were, each of rollouts of similar length, short
-        first.
+    def announce(self, step: Step) -> None:
+        """Samples the step's rollouts with the present weights; each few go to the teacher as soon as they are there.
 
         Non-thinking rollouts are short: they are sampled first, and scored while the thinking ones are sampled.
         """
-        examples = [self.examples[i] for indices in micro_batches for i in indices]
-        modes = assign_modes(examples, self.options.thinking_prob, self.config.training.seed + epoch)
+        if step.number in self._flights and self._flights[step.number].step == step:
+            return  # a checkpoint held them
+        examples = [self.examples[i] for indices in step.micro_batches for i in indices]
+        modes = assign_modes(examples, self.options.thinking_prob, self.config.training.seed + step.epoch)
         requests = [self._requests[e.id, mode] for e, mode in zip(examples, modes, strict=True)]
         asked: list[Asked] = []
         with whole(self.student.model):
             for mode in (Mode.NON_THINKING, Mode.THINKING):
-                rollouts = self._sample([r for r in requests if r.mode is mode], step, mode)
-                rollouts.sort(key=lambda r: len(r[0].ids))
-                for first in range(0, len(rollouts), self.options.batch_size):
-                    asked += self._ask(rollouts[first : first + self.options.batch_size])
+                rollouts = iter(self._sample([r for r in requests if r.mode is mode], step.number, mode))
+                while few := list(islice(rollouts, self.options.batch_size)):
+                    asked += self._ask(few)
+        self._flights[step.number] = Flight(step, asked)
+
+    def take(self, step: Step) -> list[MicroBatch]:
+        """As many micro-batches as the step has, each of rollouts of similar length, short first."""
+        for earlier in [number for number in self._flights if number < step.number]:
+            del self._flights[earlier]
+        asked = self._flights[step.number].asked
         lengths = [len(a.row.ids) for a in asked]
-        parts = cut(lengths, len(micro_batches), packed=packing.packs(self.student.model))
+        parts = cut(lengths, len(step.micro_batches), packed=packing.packs(self.student.model))
         return [self._batch([asked[i] for i in part]) for part in reversed(parts)]
 
+    def save(self, folder: Path, step: int) -> None:
+        """Writes the rollouts of this process that have not trained when `step` steps are done."""
+        self._flights = self._held_by_all({n: f for n, f in self._flights.items() if n >= step})
+        if self._flights:
+            in_flight.save(folder / self._file, list(self._flights.values()), self._about)
+
+    def restore(self, folder: Path) -> None:
+        """Takes up what `save` wrote; without it, or with other settings, the rollouts are sampled anew."""
+        path, flights = folder / self._file, None
+        if path.is_file():
+            ask = partial(self.teachers.submit_score, spec=self.loss.spec)
+            flights = in_flight.load(path, self._about, lambda rows, ids: ask(rows, candidates=ids))
+            if flights is None:
+                log.warning("the rollouts of %s are of other settings, they are sampled anew", path)
+        self._flights = self._held_by_all({f.step.number: f for f in flights or ()})
+
+    def _held_by_all(self, flights: dict[int, Flight]) -> dict[int, Flight]:
+        """Those of `flights` that every process has: the others are sampled, which is done together."""
+        common = set.intersection(*map(set, distributed.gather(list(flights))))
+        return {number: flights[number] for number in sorted(common)}
+
+    @property
+    def _file(self) -> str:
+        return f"in_flight-{distributed.rank()}.safetensors"
+
+    @property
+    def _about(self) -> str:
+        """What rollouts and scores depend on, beside weights, seed and step."""
+        options = self.options
+        sampled = options.sampling_temperature or options.temperature, self.weighs, distributed.world()
+        return f"{self.loss.spec}, {options.support}, {options.top_k}, {sampled}, {self.teachers.identity}"
+
     def _sample(self, requests: Sequence[Request], step: int, mode: Mode) -> list[tuple[Row, Rollout]]:
-        """One rollout of each request."""
+        """One rollout of each request, short ones first."""
         options, seed = self.options, (self.config.training.seed, step, distributed.rank(), mode.thinking)
         if not requests:
             return []
@@ -123,13 +155,16 @@ class RolloutFeed:
             logprobs=self.weighs,
             **self.student.sampling,
         )
-        return [(rollout_row(r, request), r) for r, request in zip(rollouts, requests, strict=True)]
+        found = [(rollout_row(r, request), r) for r, request in zip(rollouts, requests, strict=True)]
+        return sorted(found, key=lambda pair: len(pair[0].ids))
 
     @property
     def weighs(self) -> bool:
-        """Whether the loss weighs tokens by how likely they were when sampled: only at another temperature."""
+        """Whether the loss weighs by how likely tokens were when sampled: by an older student, or at another
+        temperature where it is of the sampled token.
+        """
         other = self.options.sampling_temperature not in (None, self.options.temperature)
-        return other and self.loss.objective.on_sampled_token
+        return self.ahead > 0 or (other and self.loss.objective.on_sampled_token)
 
     def _ask(self, rollouts: Sequence[tuple[Row, Rollout]]) -> list[Asked]:
         """Sends rollouts to their teachers, with the student's own top K where the loss wants that."""
@@ -146,13 +181,14 @@ class RolloutFeed:
         tokens = completion_ids(rows)
         drawn = [a.logprobs for a in asked if a.logprobs is not None]
 
-        def targets() -> Targets:
-            scores = [a.score.result() for a in asked]
-            named = [a.candidates for a in asked if a.candidates is not None]
-            candidates = np.concatenate(named).astype(np.int64) if named else None
+        named = [a.candidates for a in asked if a.candidates is not None]
+        candidates = np.concatenate(named).astype(np.int64) if named else None
+
+        def targets(scores: Sequence[Scores]) -> Targets:
             return self.loss.targets(tokens, scores, self.loss.spec.temperatures, candidates)
 
-        return MicroBatch(rows, targets, torch.from_numpy(np.concatenate(drawn)) if drawn else None)
+        rollout_logprobs = torch.from_numpy(np.concatenate(drawn)) if drawn else None
+        return MicroBatch(rows, lambda: [a.score.result() for a in asked], targets, rollout_logprobs)
 
     def _own_top_k(self, rows: Sequence[Row]) -> Ids:
         """int32[N,K]: the student's most likely ids at each completion token, chosen without looking at the token."""

@@ -52,6 +52,11 @@ class RowScores:
 
         return wait
 
+    def keep(self) -> None:
+        """Keeps the scores that have arrived and were not waited for yet."""
+        for store in self._stores.values():
+            store.keep()
+
     def close(self) -> None:
         """Keeps the scores that have arrived."""
         for store in self._stores.values():

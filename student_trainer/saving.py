@@ -84,6 +84,9 @@ class SavingTrainer(ShardingTrainer):
         """What was measured last."""
         return {}
 
+    def save_feed(self, folder: Path) -> None:
+        """Adds to a checkpoint what this process's feed needs to go on."""
+
     def spent_saving(self, seconds: float) -> None:
         """Is told how long each save took."""
 
@@ -193,6 +196,7 @@ class SavingTrainer(ShardingTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         self._unless_full(super()._save_rng_state, output_dir)
+        self._unless_full(self.save_feed, Path(output_dir))
 
     def save_and_stop(self, stop: Interrupted) -> Interrupted:
         """Saves the last step that was finished, as it was at its end, and gives what to raise."""

@@ -47,6 +47,9 @@ class AskedScores:
         self.asked += len(sequences)
         return self._client.submit_score(sequences, self.spec).result
 
+    def keep(self) -> None:
+        """Nothing: these are not kept."""
+
     def close(self) -> None:
         """Nothing: whoever asked waits, or the client is closed."""
 
@@ -114,13 +117,18 @@ class ScoreStore:
             self._flying.update({key: (future, i) for i, key in enumerate(missing)})
         return lambda: [self._take(key, s) for key, s in zip(keys, sequences, strict=True)]
 
-    def close(self) -> None:
-        """Keeps what has arrived and closes the files."""
+    def keep(self) -> None:
+        """Keeps what has arrived and was not waited for yet."""
         for key, (future, i) in list(self._flying.items()):
             if future.done() and not future.cancelled() and future.exception() is None:
                 self._keep(key, future.result()[i])
-            else:
-                future.cancel()
+                del self._flying[key]
+
+    def close(self) -> None:
+        """Keeps what has arrived and closes the files."""
+        self.keep()
+        for future, _ in self._flying.values():
+            future.cancel()
         self._flying.clear()
         for fd in (self._data, self._index, *self._fds.values()):
             os.close(fd)

@@ -22,9 +22,10 @@ from . import distributed, packing, parallel, reporting
 from .checkpoints import Layout, prepare, read_about
 from .config import Config, NonPolicyDistillation, PolicyDistillation
 from .data import Example
-from .distillation_trainer import DistillationTrainer, Feed, MeasureEveryEpochs
+from .distillation_trainer import DistillationTrainer, MeasureEveryEpochs
 from .errors import Interrupted, UserError
 from .evaluation import Evaluator, Measurement, Student
+from .feed import Feed
 from .history import History
 from .models import eos_ids, load_student, load_tokenizer
 from .objective_forward import accept_objective
@@ -211,6 +212,8 @@ def train(
     started = time.monotonic()
     with stopper.catching():
         try:
+            if checkpoint:
+                feed.restore(checkpoint)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if not trainer.measured_now:
                 trainer.evaluate()

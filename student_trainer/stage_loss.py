@@ -25,8 +25,13 @@ METRICS = ("loss", "soft_loss", "cross_entropy", "forward_kl", "reverse_kl", "ta
 (0 where it has no weight); `loss` is alpha * soft_loss (times T^2 where asked for) + beta * cross_entropy.
 """
 
+COLUMNS = (*METRICS, "importance_weight")
+"""METRICS and the mean importance weight, where rollouts are weighed."""
+
 LossOf = Callable[[torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
-"""(hidden [N,H], LM head module) -> (summed loss, a scalar with gradient; sums of METRICS, float32, detached)."""
+"""(hidden [N,H], LM head module) -> (summed loss, a scalar with gradient; sums of METRICS, or of COLUMNS where rollouts
+are weighed, float32, detached).
+"""
 
 
 @dataclass(frozen=True)
@@ -145,19 +150,33 @@ class StageLoss:
             token_logprobs,
         )
 
-    def on(self, targets: Targets, rollout_logprobs: torch.Tensor | None = None) -> LossOf:
-        """The loss as a function of hidden states and head; `rollout_logprobs` float32[N] weigh estimators on sampled
-        tokens.
+    def on(
+        self,
+        targets: Targets,
+        rollout_logprobs: torch.Tensor | None = None,
+        first_tokens: torch.Tensor | None = None,
+    ) -> LossOf:
+        """The loss as a function of hidden states and head; `rollout_logprobs` float32[N] turn on importance weights,
+        for which divergences need `first_tokens` bool[N], the first of each completion.
         """
+        begins = None if self.objective.on_sampled_token else first_tokens
 
         def loss_of(hidden: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
             whole = Head(head.weight, getattr(head, "bias", None), self.vocab_size)
             # The targets were checked on the CPU; a loss that is no number is the Trainer's to name.
             loss, metrics = distillation_loss(
-                hidden, whole, targets, self.objective, rollout_logprobs_N=rollout_logprobs, validate=False
+                hidden,
+                whole,
+                targets,
+                self.objective,
+                rollout_logprobs_N=rollout_logprobs,
+                begins_N=begins,
+                validate=False,
             )
             hard = metrics.hard_N if metrics.hard_N is not None else torch.zeros_like(metrics.soft_N)
-            columns = metrics.soft_N, hard, metrics.forward_kl_N, metrics.reverse_kl_N, metrics.teacher_tail_N
+            columns = [metrics.soft_N, hard, metrics.forward_kl_N, metrics.reverse_kl_N, metrics.teacher_tail_N]
+            if metrics.importance_weight_N is not None:
+                columns.append(metrics.importance_weight_N)
             return loss, torch.stack([loss.detach().float(), *(c.sum() for c in columns)])
 
         return loss_of

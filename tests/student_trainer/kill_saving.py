@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 from student_trainer.batches import Row, pad
 from student_trainer.checkpoints import off_policy_layout, prepare, read_about
 from student_trainer.config import Config
-from student_trainer.distillation_trainer import DistillationTrainer, MicroBatch
+from student_trainer.distillation_trainer import DistillationTrainer
 from student_trainer.evaluation import Measurement
+from student_trainer.feed import MicroBatch
 from student_trainer.losses import Objective, TeacherTargets
 from student_trainer.manifest import damage
 from student_trainer.objective_forward import accept_objective
+from student_trainer.schedule import Step
 from student_trainer.stage_loss import StageLoss
 from tests.tiny_qwen3 import make
 
@@ -57,12 +59,18 @@ class RandomFeed:
         """All alike."""
         return [1] * len(self)
 
-    def announce(self, indices: Sequence[int]) -> None:
+    def announce(self, step: Step) -> None:
         """Nothing to ask for."""
 
-    def step(self, micro_batches: Sequence[Sequence[int]], step: int, epoch: int) -> list[MicroBatch]:
+    def take(self, step: Step) -> list[MicroBatch]:
         """Random micro-batches."""
-        return [self._batch([self._row(i, step) for i in indices]) for indices in micro_batches]
+        return [self._batch([self._row(i, step.number) for i in indices]) for indices in step.micro_batches]
+
+    def save(self, folder: Path, step: int) -> None:
+        """Nothing is under way."""
+
+    def restore(self, folder: Path) -> None:
+        """Nothing was saved."""
 
     def _row(self, index: int, step: int) -> Row:
         ids = np.random.default_rng((index, step)).integers(VOCABULARY, size=6, dtype=np.int32)
@@ -71,7 +79,8 @@ class RandomFeed:
     def _batch(self, rows: list[Row]) -> MicroBatch:
         tokens = torch.from_numpy(pad(rows, 0).targets)
         none, zeros = torch.zeros((len(tokens), 0)), torch.zeros(len(tokens))
-        return MicroBatch(rows, lambda: TeacherTargets(none.long(), none, zeros, zeros, 1.0, tokens, zeros))
+        targets = TeacherTargets(none.long(), none, zeros, zeros, 1.0, tokens, zeros)
+        return MicroBatch(rows, lambda: (), lambda scores: targets)
 
 
 class EveryStep(TrainerCallback):  # type: ignore[misc]

@@ -76,14 +76,14 @@ HANGING = """
 import sys, threading
 from student_trainer import on_policy, stopping
 stopping.GRACE_S = float(sys.argv.pop(1))
-step = on_policy.RolloutFeed.step
-def hang(self, micro_batches, number, epoch):
-    found = step(self, micro_batches, number, epoch)
-    if number == 2:
+take = on_policy.RolloutFeed.take
+def hang(self, step):
+    found = take(self, step)
+    if step.number == 2:
         print("hanging", file=sys.stderr, flush=True)
         threading.Event().wait()
     return found
-on_policy.RolloutFeed.step = hang
+on_policy.RolloutFeed.take = hang
 from student_trainer.__main__ import main
 sys.exit(main())
 """
