@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .full import FullTargets, full_chunk
+from .fused import fused_loss, kernels_for
 from .head import Gradients, Head, Projector, check_fit, real_size
 from .importance import ImportanceWeights, weights_for
 from .objective import Metrics, Objective, Readout, evaluate
@@ -199,6 +200,14 @@ def _run(
         scale = torch.where(scale > 0, scale, 1.0)
     importance = weights_for(objective, rollout_N, begins_N)
     need_grad = torch.is_grad_enabled() and any(i.requires_grad for i in projector.inputs)
+    kernels = kernels_for(x.device) if chunk_size is None and head is not None and x.dtype != torch.float64 else None
+    if kernels is not None:
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            found = fused_loss(projector, targets, objective, weights / scale, importance, kernels, need_grad)
+            loss = (found.values_N * weights).sum()
+        if need_grad:
+            loss = _Attach.apply(loss, scale, found.gradients, *projector.inputs)
+        return LossOutput(loss, found.metrics)
     gradients = Gradients(projector) if need_grad else None
     loss, parts = weights.new_zeros(()), []
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
