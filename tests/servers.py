@@ -39,6 +39,8 @@ class Server:
     grpc: str
     http: str
     loop: asyncio.AbstractEventLoop
+    key: str = ""
+    """A key with which metrics may be read, where the server wants one."""
 
     @property
     def backend(self) -> Any:
@@ -51,10 +53,15 @@ class Server:
 
     def metric(self, name: str, **labels: str) -> float:
         """One number of /metrics; 0 where it does not exist yet."""
-        text = httpx.get(f"{self.http}/metrics").text
+        text = httpx.get(f"{self.http}/metrics", headers=bearer(self.key)).text
         inside = "".join(rf'(?=[^}}]*\b{key}="{value}")' for key, value in labels.items())
         pattern = rf"^{name}{{{inside}[^}}]*}} (\S+)$" if labels else rf"^{name} (\S+)$"
         return sum(float(value) for value in re.findall(pattern, text, re.MULTILINE))
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that carries a key."""
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def wait_for(what: Callable[[], Any], seconds: float = WAIT_S) -> Any:
@@ -72,6 +79,7 @@ def serving(
     authenticator: Authenticator | None = None,
     *,
     wait_ready: bool = True,
+    key: str = "",
     **settings: Any,
 ) -> Iterator[Server]:
     """A server on free ports, on its own thread; at the end it is stopped and its thread has ended."""
@@ -108,7 +116,7 @@ def serving(
         if wait_ready:
             wait_for(lambda: failure or app.service.state.name == "READY")
         assert not failure, failure
-        yield Server(app, backends, app.grpc_address, app.http_address, made["loop"])
+        yield Server(app, backends, app.grpc_address, app.http_address, made["loop"], key)
     finally:
         if thread.is_alive():
             made["loop"].call_soon_threadsafe(app.stop)
