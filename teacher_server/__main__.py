@@ -5,6 +5,7 @@ Exit codes: 0 stopped, 1 could not start or lost its engine for good, 2 the conf
 
 from __future__ import annotations
 
+import os
 import sys
 
 from teacher_server.settings import ConfigError, load, render, report
@@ -24,6 +25,8 @@ def main() -> int:
     if dry_run:
         print(render(config), end="")
         return 0
+    # gRPC's core writes a line for each stranger's failed handshake; read when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from teacher_server.run import run
 
     return run(config)

@@ -101,6 +101,9 @@ class Tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.load_cert_chain(self._files[0], self._files[1], password=_no_password)
+            # A resumed session would carry on with an authority that has been taken away.
+            context.num_tickets = 0
+            context.options |= ssl.OP_NO_TICKET
             if others:
                 context.verify_mode = ssl.CERT_REQUIRED
                 context.load_verify_locations(self._files[2])
