@@ -360,7 +360,7 @@ class Teacher(Section):
     """File with the private key of client_cert_file."""
     timeout_s: Annotated[float, Field(gt=0)] = 600
     """Seconds after which one call is given up."""
-    patience_s: Annotated[float, Field(ge=0)] = 1800
+    patience: Annotated[float, Field(ge=0)] = 1800
     """Seconds for which a teacher that is down, loading or overloaded is waited for."""
     max_in_flight: PositiveInt = 4
     """Calls under way at the same time."""

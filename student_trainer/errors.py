@@ -68,8 +68,8 @@ def _ours(exc: BaseException) -> str | None:
 
 
 _TEACHER_STEPS: dict[type[teacher_errors.TeacherError], str] = {
-    teacher_errors.Unavailable: "start the teacher, check teacher.endpoint, or wait longer with teacher.patience_s",
-    teacher_errors.Overloaded: "wait longer with teacher.patience_s or lower teacher.max_in_flight",
+    teacher_errors.Unavailable: "start the teacher, check teacher.endpoint, or wait longer with teacher.patience",
+    teacher_errors.Overloaded: "wait longer with teacher.patience or lower teacher.max_in_flight",
     teacher_errors.DeadlineExceeded: "raise teacher.timeout_s or ask for less at once (max_new_tokens, max_length)",
     teacher_errors.TeacherMismatch: "the teacher was changed: start the one this run began with, or begin a new run",
     teacher_errors.Unauthenticated: "give a key that this teacher knows",

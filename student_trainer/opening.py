@@ -139,7 +139,7 @@ def _connect(
         return connect(
             address,
             timeout_s=config.teacher.timeout_s,
-            patience_s=config.teacher.patience_s,
+            patience_s=config.teacher.patience,
             max_in_flight=config.teacher.max_in_flight,
             name=f"trainer-{Path(config.training.output_dir).name}-{distributed.rank()}",
             on_wait=on_wait,

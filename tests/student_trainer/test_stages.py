@@ -68,7 +68,7 @@ def settings(folder: Path, endpoint: str, **sections: dict[str, Any]) -> Config:
             "max_new_tokens": 12,
         },
         "evaluation": {"verifier": "final_answer", "problems": 4, "max_new_tokens": 24, "show": 1},
-        "teacher": {"endpoint": endpoint, "patience_s": 5},
+        "teacher": {"endpoint": endpoint, "patience": 5},
     }
     for name, section in sections.items():
         values[name] = values[name] | section
