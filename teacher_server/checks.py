@@ -18,10 +18,7 @@ def check_score(request: ScoreRequest, info: TeacherInfo) -> None:
     limits, spec = info.limits, request.spec
     if not request.sequences:
         raise InvalidRequest("the call has no sequences; send at least one")
-    if len(request.sequences) > limits.sequences:
-        raise TooLarge(
-            f"the call has {len(request.sequences)} sequences, this teacher accepts {limits.sequences}; split it"
-        )
+    check_sequences(len(request.sequences), info)
     if request.tokens > limits.request_tokens:
         raise TooLarge(
             f"the call has {request.tokens} tokens in all, this teacher accepts {limits.request_tokens}; split it"
@@ -34,6 +31,12 @@ def check_score(request: ScoreRequest, info: TeacherInfo) -> None:
         )
     for index, sequence in enumerate(request.sequences):
         _check_sequence(index, sequence, request, info)
+
+
+def check_sequences(count: int, info: TeacherInfo) -> None:
+    """Checks the number of sequences of a Score call."""
+    if count > info.limits.sequences:
+        raise TooLarge(f"the call has {count} sequences, this teacher accepts {info.limits.sequences}; split it")
 
 
 def _check_sequence(index: int, sequence: Sequence, request: ScoreRequest, info: TeacherInfo) -> None:
@@ -82,6 +85,19 @@ def _check_candidates(index: int, candidates: Ids, start: int, vocab_size: int) 
         )
 
 
+def check_completions(prompts: int, n: int, info: TeacherInfo) -> None:
+    """Checks the number of completions of a Generate call."""
+    if prompts * n > info.limits.sequences:
+        raise TooLarge(
+            f"the call has {prompts} prompts times {n} samples = {prompts * n} completions, this teacher accepts "
+            f"{info.limits.sequences}; split it"
+        )
+
+
+MAX_STOPS = 1024
+"""Ids of stop_token_ids."""
+
+
 def check_generate(request: GenerateRequest, info: TeacherInfo) -> None:
     """Checks what a Generate call says before its prompts are rendered; `check_prompt` does the rest."""
     check_fingerprint(request.fingerprint, info)
@@ -89,12 +105,9 @@ def check_generate(request: GenerateRequest, info: TeacherInfo) -> None:
         raise Unsupported(f"this teacher ({info.engine}) does not generate; it scores")
     if not request.prompts:
         raise InvalidRequest("the call has no prompts; send at least one")
-    completions = len(request.prompts) * request.n
-    if completions > info.limits.sequences:
-        raise TooLarge(
-            f"the call has {len(request.prompts)} prompts times {request.n} samples = {completions} completions, this "
-            f"teacher accepts {info.limits.sequences}; split it"
-        )
+    check_completions(len(request.prompts), request.n, info)
+    if len(request.sampling.stop_token_ids) > MAX_STOPS:
+        raise TooLarge(f"stop_token_ids has {len(request.sampling.stop_token_ids)} ids, this teacher takes {MAX_STOPS}")
     for stop in request.sampling.stop_token_ids:
         if not 0 <= stop < info.vocab_size:
             raise InvalidSpec(f"stop_token_ids names {stop}, ids of this teacher are from 0 to {info.vocab_size - 1}")
@@ -112,6 +125,28 @@ def resolve_mode(prompt: Prompt, info: TeacherInfo, index: int) -> Mode | None:
             f"prompt {index} asks for the mode {prompt.mode.value}, this teacher's modes are {known}", index=index
         )
     return prompt.mode
+
+
+TEXT_FACTOR = 32
+"""Characters of text for each token of the longest sequence; tokenizers give a token for 3 or 4."""
+TURN = 16
+"""Characters that a template puts around a turn, or more."""
+
+
+def check_text(index: int, prompt: Prompt, info: TeacherInfo) -> int:
+    """The characters of a prompt's or sequence's text, a turn of a conversation counting TURN of them at least.
+
+    TooLarge for more than could ever be few enough tokens: tokenizing text that is refused afterwards is time lost.
+    """
+    characters = len(prompt.text) + sum(len(message.content) + TURN for message in prompt.messages)
+    most = TEXT_FACTOR * info.limits.sequence_tokens
+    if characters > most:
+        raise TooLarge(
+            f"prompt {index} has {characters} characters of text, this teacher reads {most} and accepts "
+            f"{info.limits.sequence_tokens} tokens",
+            index=index,
+        )
+    return characters
 
 
 def check_prompt(index: int, prompt_ids: Ids, max_tokens: int, info: TeacherInfo) -> None:

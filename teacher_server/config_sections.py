@@ -47,8 +47,6 @@ class LimitsConfig(Section):
     """C, the candidates at a position; at most the vocabulary."""
     temperatures: int = Field(default=8, ge=1)
     """Temperatures of a Score call."""
-    text_factor: int = Field(default=32, ge=1)
-    """Characters of a prompt's or sequence's text for each token of the longest sequence."""
     json_mib: int = Field(default=4, ge=1)
     """Largest HTTP body of JSON in MiB, which is for people; the contract's messages may have max_request_mib."""
     json_numbers: int = Field(default=1_000_000, ge=1)

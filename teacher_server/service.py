@@ -29,6 +29,8 @@ from teacher_server.usage import UsageByClient
 
 SLACK = 1.25
 """Times what the engine generates at once that is submitted, so that whatever ends is followed at once."""
+TOKENIZE_IN_THREAD = 1 << 14
+"""Number of characters from which a prompt is tokenized off the event loop."""
 CHECK_IN_THREAD = 1 << 18
 """Number of ids from which a call is checked off the event loop."""
 
@@ -138,6 +140,7 @@ class TeacherService:
     def tokenize(self, index: int, prompt: Prompt) -> Ids:
         """int32[P] of a prompt in its mode; InvalidSequence where the template refuses, Unsupported for the mode."""
         backend = self._open_backend()
+        checks.check_text(index, prompt, backend.info)
         return tokenize(index, prompt, checks.resolve_mode(prompt, backend.info, index), backend.text)
 
     async def score(self, request: ScoreRequest, caller: Caller) -> AsyncGenerator[tuple[int, Scores], None]:
@@ -192,7 +195,11 @@ class TeacherService:
             modes = [checks.resolve_mode(prompt, info, index) for index, prompt in enumerate(request.prompts)]
             prompts = []
             for index, (prompt, mode) in enumerate(zip(request.prompts, modes, strict=True)):
-                prompts.append(tokenize(index, prompt, mode, backend.text))
+                if checks.check_text(index, prompt, info) < TOKENIZE_IN_THREAD:
+                    prompts.append(tokenize(index, prompt, mode, backend.text))
+                else:
+                    work = asyncio.to_thread(tokenize, index, prompt, mode, backend.text)
+                    prompts.append(await call.within(work, f"prompt {index} not read"))
                 checks.check_prompt(index, prompts[-1], max_tokens, info)
                 await asyncio.sleep(0)
             checks.check_request_tokens(sum(len(ids) for ids in prompts), info)

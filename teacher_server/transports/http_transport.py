@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from protos import codec
 from protos.errors import InvalidRequest, TooLarge, Unavailable, Unsupported
 from protos.scores import Completion, CompletionDelta, Field, ScoreRequest, Scores
+from teacher_server import checks
 from teacher_server.auth import Authenticator, Caller, Client
 from teacher_server.calls import RETRY_S
 from teacher_server.config_sections import LimitsConfig
@@ -160,7 +161,7 @@ def make_router(http: Http) -> APIRouter:
         with service.decoding("score", caller):
             async with http.body(request) as body:
                 info, text = service.teacher(), service.text  # now: later the server may be draining
-                call = await off_loop(len(body), lambda: parse(schemas.ScoreBody, body).request(service.tokenize))
+                call = await off_loop(len(body), lambda: _score_call(service, body))
             if Field.HIDDEN_STATES in call.spec.want:
                 raise Unsupported(f"hidden_states are too large for JSON; send the call as {PROTOBUF}")
             numbers = schemas.answer_numbers(call)
@@ -248,6 +249,12 @@ def _score_request(body: bytes, max_bytes: int) -> ScoreRequest:
     reader = codec.ScoreRequestReader(max_bytes)
     reader.add_bytes(body)
     return reader.finish()
+
+
+def _score_call(service: TeacherService, body: bytes) -> ScoreRequest:
+    parsed = parse(schemas.ScoreBody, body)
+    checks.check_sequences(len(parsed.sequences), service.teacher())
+    return parsed.request(service.tokenize)
 
 
 async def _all_scores(service: TeacherService, call: ScoreRequest, caller: Caller) -> dict[int, Scores]:

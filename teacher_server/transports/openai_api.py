@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from teacher_server.auth import Caller
 from teacher_server.transports import problems
 from teacher_server.transports.http_stream import stream, while_connected
-from teacher_server.transports.http_transport import SSE, Http, event, json_body, json_response
+from teacher_server.transports.http_transport import SSE, Http, event, json_body, json_response, off_loop
 from teacher_server.transports.openai_calls import OpenAiCall, Wish, chat_wish, completion_wish
 from teacher_server.transports.openai_schemas import ChatBody, CompletionBody, OpenAiBody
 
@@ -24,7 +24,8 @@ def make_router(http: Http) -> APIRouter:
     service = http.service
 
     async def answer(request: Request, caller: Caller, body: OpenAiBody, wish: Wish) -> Response:
-        call = OpenAiCall(service, caller, body, wish)
+        size = sum(len(one.text) + sum(len(turn.content) for turn in one.messages) for one in wish.prompts)
+        call = await off_loop(size, lambda: OpenAiCall(service, caller, body, wish))
         if not body.stream:
             return json_response(await while_connected(request, call.whole()))
 

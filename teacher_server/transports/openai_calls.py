@@ -16,6 +16,7 @@ import numpy as np
 
 from protos import scores as domain
 from protos.errors import InvalidSequence, TeacherMismatch
+from teacher_server import checks
 from teacher_server.auth import Caller
 from teacher_server.service import TeacherService
 from teacher_server.transports import openai_logprobs as shapes
@@ -54,6 +55,7 @@ class OpenAiCall:
             raise TeacherMismatch(f"the call names the model {body.model!r}, this server serves {info.name!r}")
         if body.stream:
             body.refuse_in_a_stream(wish.alternatives or 0, wish.echo)
+        checks.check_completions(len(wish.prompts), body.n, info)
         self._service, self._caller, self._body, self._wish = service, caller, body, wish
         self._text = service.text
         self._namer = shapes.Namer(self._text.decode, body.return_tokens_as_token_ids)
