@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -11,8 +12,8 @@ TEMPLATE = (
 )
 
 
-def make(folder: Path) -> Path:
-    """Writes the checkpoint: 261 tokens, logits padded to 320, two layers, 4,096 positions."""
+def make(folder: Path, **changes: Any) -> Path:
+    """Writes the checkpoint: 261 tokens, logits padded to 320, two layers, 4,096 positions, or with other sizes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -31,19 +32,22 @@ def make(folder: Path) -> Path:
     tokenizer.add_tokens(["<think>", "</think>"])
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.5,
+    }
     config = Qwen3Config(
         vocab_size=320,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        initializer_range=0.5,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
+        **(sizes | changes),
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
