@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from protos import scores as domain
 from protos.errors import InvalidRequest, InvalidSequence, InvalidSpec, Unsupported
+from teacher_server.transports.problems import short
 from teacher_server.transports.schemas import FIRST, Body, Id, Ids
 
 WITHOUT_EFFECT = (
@@ -113,7 +114,7 @@ class OpenAiBody(Body):
                 if value is not None and value not in NEUTRAL[name]:
                     allowed = " or ".join(map(repr, NEUTRAL[name])) or "null"
                     raise Unsupported(
-                        f"this teacher does not have {name} (got {value!r}); leave it out or give {allowed}"
+                        f"this teacher does not have {name} (got {short(value)}); leave it out or give {allowed}"
                         f"{ADVICE.get(name, '')}"
                     )
             elif name not in WITHOUT_EFFECT:
@@ -204,7 +205,7 @@ class ChatMessage(Body):
             return domain.Message(self.role, self.content)
         for part in self.content:
             if part.type != "text":
-                raise Unsupported(f"message {index} has a part of type {part.type!r}; this teacher reads text")
+                raise Unsupported(f"message {index} has a part of type {short(part.type)}; this teacher reads text")
         return domain.Message(self.role, "".join(part.text for part in self.content))
 
 
@@ -236,10 +237,10 @@ class ChatBody(OpenAiBody):
         """The domain's prompt; Unsupported for template arguments other than enable_thinking."""
         others = set(self.chat_template_kwargs) - {"enable_thinking"}
         if others:
-            raise Unsupported(f"chat_template_kwargs takes enable_thinking alone, got {', '.join(sorted(others))}")
+            raise Unsupported(f"chat_template_kwargs takes enable_thinking alone, got {', '.join(sorted(others)[:5])}")
         thinking = self.chat_template_kwargs.get("enable_thinking")
         if thinking not in (None, True, False):
-            raise InvalidRequest(f"enable_thinking must be true or false, got {thinking!r}")
+            raise InvalidRequest(f"enable_thinking must be true or false, got {short(thinking)}")
         mode = None if thinking is None else domain.Mode.THINKING if thinking else domain.Mode.NON_THINKING
         turns = tuple(message.message(index) for index, message in enumerate(self.messages))
         return domain.Prompt(turns, mode=mode)

@@ -80,7 +80,7 @@ def explain(faults: list[Any], known: Iterable[str] = ()) -> str:
             close = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.5)
             lines.append(f"unknown member {where}" + (f", did you mean {close[0]}" if close else ""))
             continue
-        given = "" if fault["type"] in ("missing", "value_error", "json_invalid") else f", got {_short(fault['input'])}"
+        given = "" if fault["type"] in ("missing", "value_error", "json_invalid") else f", got {short(fault['input'])}"
         lines.append(f"{where}: {str(fault['msg']).removeprefix('Value error, ')}{given}")
     return "; ".join(lines) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
 
@@ -97,6 +97,7 @@ def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidReque
     )
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """A value as a problem shows it."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 
 from protos import scores as domain
 from protos.errors import InvalidSequence, InvalidSpec
@@ -29,6 +29,8 @@ class First(FailFast):
 FIRST = First()
 Ids = Annotated[list[int], FIRST]
 """Token ids; the first wrong one is enough to refuse them."""
+MEMBERS = 256
+"""Members of an object of a body."""
 BLOCK = 4096
 """Numbers that are written as JSON at a time: the interpreter's lock is held meanwhile."""
 Tokenize = Callable[[int, domain.Prompt], domain.Ids]
@@ -39,6 +41,14 @@ class Body(BaseModel):
     """Base of all bodies: unknown members are refused."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_members(cls, values: Any) -> Any:
+        """Refuses a heap of unknown members at once: pydantic makes an error of each, which takes seconds."""
+        if isinstance(values, dict) and len(values) > MEMBERS:
+            raise ValueError(f"an object has {len(values)} members, and none of this API has more than {MEMBERS}")
+        return values
 
 
 class MessageBody(Body):
