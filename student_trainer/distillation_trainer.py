@@ -180,7 +180,8 @@ class DistillationTrainer(SavingTrainer):
         """float32[N] the sampler's log-probabilities and bool[N] the first tokens, where the loss weighs by them."""
         if batch.rollout_logprobs is None:
             return None, None
-        return batch.rollout_logprobs.to(device), torch.from_numpy(first_tokens(batch.rows)).to(device)
+        begins = torch.from_numpy(first_tokens(batch.rows)) if batch.begins is None else batch.begins
+        return batch.rollout_logprobs.to(device), begins.to(device)
 
     def _add(self, sums: torch.Tensor, tokens: int) -> None:
         """Adds a micro-batch to the sums of COLUMNS; tokens that are not weighed have the weight 1."""

@@ -26,13 +26,14 @@ class MicroBatch:
 
     `scores` waits for the teacher and gives the score of each row; `targets` makes of them the targets of the
     completion tokens, in the order of `rows`. `rollout_logprobs` float32[N] are the sampler's, where the loss weighs by
-    them.
+    them, and `begins` bool[N] the tokens whose weight as a prefix is 1; None: the first of each row.
     """
 
     rows: Sequence[Row]
     scores: Callable[[], Sequence[Scores]]
     targets: Callable[[Sequence[Scores]], Targets]
     rollout_logprobs: torch.Tensor | None = None
+    begins: torch.Tensor | None = None
 
 
 class Feed(Protocol):

@@ -48,11 +48,11 @@ Ask = Callable[[Sequence[Row], Sequence[Ids | None]], Sequence[Pending]]
 
 
 def save(path: Path, flights: Sequence[Flight], about: str) -> None:
-    """Writes `flights`, at least one rollout; `about` says what they depend on (see `load`)."""
+    """Writes `flights`, whose steps may have no rollout; `about` says what they depend on (see `load`)."""
     asked = [a for flight in flights for a in flight.asked]
     scores = [_arrived(a.score) for a in asked]
     tensors: dict[str, Any] = {
-        "ids": np.concatenate([a.row.ids for a in asked]),
+        "ids": np.concatenate([np.zeros(0, np.int32), *(a.row.ids for a in asked)]),
         "lengths": np.array([len(a.row.ids) for a in asked], np.int64),
         "starts": np.array([a.row.start for a in asked], np.int64),
         "scored": np.array([s is not None for s in scores], np.uint8),
@@ -116,4 +116,4 @@ def _done(scores: Scores) -> Pending:
 
 
 def _parts(joined: Any, lengths: Any) -> list[Any]:
-    return np.split(joined, np.cumsum(lengths)[:-1])
+    return np.split(joined, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -119,7 +119,9 @@ def _loss(config: Mapping[str, Any], policy: bool) -> dict[str, Any]:
     loss = {"loss": options["loss"], "over": support, "temperature of the loss": options["temperature"]}
     if policy:
         drawn = options["sampling_temperature"] or options["temperature"]
-        return {**loss, "temperature of the answers": drawn, "share of thinking": options["thinking_prob"]}
+        share = options.get("lambda", 1.0)
+        mixed = {} if share == 1 else {"share of the student's own answers, lambda": share}
+        return {**loss, **mixed, "temperature of the answers": drawn, "share of thinking": options["thinking_prob"]}
     weights = f"{options['alpha']} of this, {options['beta']} of the cross-entropy"
     return {**loss, "weights": weights, "temperature of the answers": options["response_temperature"]}
 

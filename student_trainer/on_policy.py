@@ -33,6 +33,7 @@ from .evaluation import Student, requests_for, rollout_row
 from .feed import MicroBatch
 from .in_flight import Asked, Flight
 from .losses import Head, Targets, student_top_k
+from .mixture import mixed
 from .modes import assign_modes
 from .packing import forward_inputs
 from .responses import Request
@@ -47,13 +48,14 @@ log = logging.getLogger(__name__)
 
 
 def distil(session: Session, student: Student) -> Outcome:
-    """Trains `student` on its own completions."""
+    """Trains `student` on its own completions, and at a lambda below 1 on the teacher's responses beside them."""
     started, options = time.monotonic(), session.config.policy_distillation
     layout = on_policy_layout(session.config.training.output_dir)
     checkpoint = begin(session, layout)
     loss = StageLoss.on_policy(options, session.teachers.normalized_size, session.teachers.head)
-    feed = RolloutFeed(session.config, session.train, student, session.teachers, loss)
-    measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 2, on-policy")
+    rollouts = RolloutFeed(session.config, session.train, student, session.teachers, loss)
+    with mixed(session, layout, rollouts, loss) as feed:
+        measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 2, on-policy")
     return Outcome(layout.best_model, measured, time.monotonic() - started)
 
 

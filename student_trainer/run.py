@@ -17,7 +17,7 @@ from transformers import set_seed
 
 from protos.scores import Mode, Prompt, Sampling, ScoreSpec, Sequence
 
-from . import distributed, off_policy, on_policy, parallel
+from . import distributed, mixture, off_policy, on_policy, parallel
 from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about, recover
 from .config import Config
 from .data import load_examples
@@ -59,6 +59,7 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         repository = config.training.push_to_hub if stage != "test" else None
         if repository is not None:
             distributed.on_main(lambda: check_push(repository))
+        mixture.check(config, stage)
         source = first_student(config, stage, pretrained_student)
         description = describe(config, source)
         verifier = load_verifier(config.evaluation.verifier)
