@@ -63,8 +63,10 @@ class Unit:
 class Lane:
     """One kind of work: queues by client, and at most `capacity` tokens submitted unless one unit alone is larger."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, yields: bool = False) -> None:
         self.capacity = capacity
+        self.yields = yields
+        """Whether it is not filled on credit while others wait for work of another kind that has no room now."""
         self.submitted = 0
         self.queues: OrderedDict[str, OrderedDict[Unit, None]] = OrderedDict()
         """Waiting units by client, the client next in turn first; no queue is empty."""
@@ -92,6 +94,7 @@ class Scheduler:
         self._tokens = Pool(queue_tokens, clock)
         self._units = Pool(queue_units, clock)
         self._ledger = Ledger()
+        self._lanes: list[Lane] = []
 
     @property
     def tokens(self) -> int:
@@ -139,7 +142,9 @@ class Scheduler:
             self._units.take(client, 1)
             lane.push(client, unit)
             self._ledger.waits(client, weight)
-        self._pump(lane)
+        if lane not in self._lanes:
+            self._lanes.append(lane)
+        self._pump()
         return units
 
     def claim(self, unit: Unit, client: str, weight: float = 1.0) -> None:
@@ -147,7 +152,7 @@ class Scheduler:
         if unit.claims and client not in unit.claims:
             unit.lane.push(client, unit)
             self._ledger.waits(client, weight)
-            self._pump(unit.lane)
+            self._pump()
 
     def spend(self, unit: Unit, tokens: int) -> None:
         """What a running unit has really cost so far; only then is it corrected at the end, down as well as up."""
@@ -172,7 +177,7 @@ class Scheduler:
             unit.turn.cancel()
         self._tokens.give(unit.client, unit.cost.work, finished=unit.running)
         self._units.give(unit.client, 1, finished=unit.running)
-        self._pump(unit.lane)
+        self._pump()
 
     def follow(self, unit: Unit, task: asyncio.Task[Any]) -> None:
         """Closes a unit when `task` ends, in whatever way, even before it began."""
@@ -182,19 +187,27 @@ class Scheduler:
         """Seconds since admission."""
         return self._clock() - unit.admitted_at
 
-    def _pump(self, lane: Lane) -> None:
-        """Gives turns while there is room; the next unit in order is never overtaken by a smaller one."""
-        while lane.queues and (lane.submitted < lane.capacity or not lane.submitted):
-            name = self._ledger.turn(lane.queues)
+    def _pump(self) -> None:
+        """Gives turns while there is room."""
+        for lane in self._lanes:
+            while self._step(lane):
+                pass
+
+    def _step(self, lane: Lane) -> bool:
+        """Gives one turn, or finds that nobody may have one now."""
+        if not lane.queues or (lane.submitted and lane.submitted >= lane.capacity):
+            return False
+        for name in self._ledger.turns(lane.queues, lane.yields):
             unit = next(iter(lane.queues[name]))
             if unit.turn.done():  # who waited for it went away, and its end is about to be told
                 for claim in lane.take(unit):
                     self._ledger.leaves(claim)
-                continue
+                return True
             load = _tokens(unit.cost.load)
-            if lane.submitted and lane.submitted + load > lane.capacity:
-                return
-            self._begin(unit, name, load)
+            if not lane.submitted or lane.submitted + load <= lane.capacity:
+                self._begin(unit, name, load)
+                return True
+        return False
 
     def _begin(self, unit: Unit, name: str, load: int) -> None:
         lane = unit.lane

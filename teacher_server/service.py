@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
@@ -64,17 +65,19 @@ def _land(landed: Landed, index: int, task: asyncio.Task[Scores]) -> None:
 class TeacherService:
     """One teacher behind any number of transports; all methods run on one event loop."""
 
-    def __init__(self, settings: ServiceSettings, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: ServiceSettings, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.metrics = metrics
         self.state = State.LOADING
         self._backend: Backend | None = None
         usage = UsageByClient()
         self._calls = Calls(metrics, usage)
-        self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences)
-        self._score_lane, self._generate_lane = Lane(0), Lane(0)
+        self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences, clock)
+        self._score_lane, self._generate_lane = Lane(0), Lane(0, yields=True)
         self._room, self._lengths = Room(1, 1), Lengths()
         self._scoring = Scoring(self._scheduler, self._score_lane, metrics, usage, settings.cache_bytes, settings.cache)
-        self._hidden = HiddenBudget(settings.hidden_bytes)
+        self._hidden = HiddenBudget(settings.hidden_bytes, clock)
         self.usage = usage
         """What each client has had."""
         metrics.queue_tokens.set_function(lambda: self._scheduler.tokens)

@@ -210,7 +210,7 @@ async def test_a_call_is_admitted_whole_or_not_at_all() -> None:
     scheduler, lane = Scheduler(100, 100), Lane(1000)
     scheduler.admit(lane, "a", costs(60))
     with pytest.raises(
-        Overloaded, match="60 of 100 tokens and 1 of 100 sequences, 0 and 0 .* 50 tokens in 2 sequences"
+        Overloaded, match=r"60 of 100 tokens and 1 of 100 sequences, 0 and 0 .* 50 tokens in 2 sequences"
     ):
         scheduler.admit(lane, "b", costs(20, 30))
     assert (scheduler.tokens, scheduler.units) == (60, 1)
