@@ -7,7 +7,8 @@ Each row is one forward and backward of a loss from hidden states to the gradien
 hidden states alone where the head is frozen, as with LoRA). `plain` is the product with the head and
 torch.nn.functional.cross_entropy in float32, whatever memory that takes. `extra` is the peak of allocated memory above
 what is there before, less the gradients that stay; `again` the same in a second micro-batch, where the head's gradient
-is added to one that is there, so that the new one counts as extra. `error` is that of the gradients by hidden states and head in 512 positions, relative to
+is added to one that is there, so that the new one counts as extra.
+`error` is that of the gradients by hidden states and head in 512 positions, relative to
 float32's on whole logits, by norm. Random numbers; small sizes on a CPU, for a dry run.
 """
 
@@ -60,6 +61,22 @@ def cases(top_k: int) -> dict[str, Objective]:
     }
 
 
+def teacher_targets(
+    hidden: Tensor, head: Tensor, tokens: Tensor, top_k: int, temperature: float, vocab: int
+) -> TeacherTargets:
+    """What a teacher with these hidden states [N,H] and head [V,H] says of int64[N] tokens."""
+    parts = []
+    for some, ids in zip(hidden.split(512), tokens.split(512), strict=True):
+        logprobs = (some @ head.T)[:, :vocab].float().log_softmax(-1)
+        at_t = logprobs / temperature
+        top = logprobs.topk(top_k, -1).indices
+        tail = at_t.log_softmax(-1).scatter(1, top, -torch.inf).logsumexp(-1)
+        token = logprobs.gather(1, ids[:, None])[:, 0]
+        parts.append((top, logprobs.gather(1, top), at_t.logsumexp(-1), tail, token))
+    top, logprobs, normalizer, tail, token = (torch.cat(column) for column in zip(*parts, strict=True))
+    return TeacherTargets(top, logprobs, normalizer, tail, temperature, tokens, token)
+
+
 class Bench:
     """Inputs of one shape, and the rows measured on them."""
 
@@ -83,23 +100,8 @@ class Bench:
         if name.startswith("full"):
             head = Head(self.head[: self.a.vocab].detach())
             return FullTargets(self.teacher_hidden[:n], head, t, self.tokens[:n])
-        parts = []
-        for first in range(0, n, 512):
-            z = (self.teacher_hidden[first : min(first + 512, n)] @ self.head.T)[:, : self.a.vocab].float()
-            logprobs, tokens = z.log_softmax(-1), self.tokens[first : min(first + 512, n)]
-            ids = logprobs.topk(k, -1).indices
-            tail = (logprobs / t).log_softmax(-1).scatter(1, ids, -torch.inf).logsumexp(-1)
-            parts.append(
-                (
-                    ids,
-                    logprobs.gather(1, ids),
-                    (logprobs / t).logsumexp(-1),
-                    tail,
-                    logprobs.gather(1, tokens[:, None])[:, 0],
-                )
-            )
-        ids, top, normalizer, tail, token = (torch.cat(column) for column in zip(*parts, strict=True))
-        return TeacherTargets(ids, top, normalizer, tail, t, self.tokens[:n], token)
+        tokens = self.tokens[:n]
+        return teacher_targets(self.teacher_hidden[:n], self.head, tokens, k, t, self.a.vocab)
 
     def plain(self, hidden: Tensor, head: Tensor) -> Tensor:
         """A cross-entropy as models of transformers compute it."""

@@ -7,7 +7,6 @@ Legend: n positions, B ids of a block, V logits of one position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from .divergences import SOFT_LOSSES
 from .full import FullTargets, exact_logits
-from .fused_support import Weigh
+from .fused_support import Look, Weigh
 from .head import Head, Projector
 from .kernels import FullSlopes, FullSums, Kernels, real_of
 from .objective import Metrics, Objective
@@ -44,8 +43,6 @@ class FullReader:
         self.kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(objective.jsd_beta, "jsd")
         if objective.loss != "jsd":
             self.kind = objective.loss
-        looks: list[Callable[[Tensor, slice], None]] = [self._compare]
-        self.looks = (*looks, self._mix) if self.kind == "jsd" else tuple(looks)
         self._kept: dict[int, Tensor] = {}
         self._slopes: FullSlopes | None = None
 
@@ -53,6 +50,11 @@ class FullReader:
     def bytes_each(itemsize: int) -> int:
         """Bytes that are held for a logit of the student of `itemsize` bytes: the teacher's is float32."""
         return itemsize + 4
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """What each block is shown to before `solve`, all blocks to one after the other."""
+        return (self._compare, self._mix) if self.kind == "jsd" else (self._compare,)
 
     def _teacher(self, columns: slice) -> tuple[Tensor, int]:
         """float[n,B] logits of the teacher, and how many of them are the vocabulary's."""

@@ -19,6 +19,8 @@ from .targets import TAIL_FLOOR, Buckets, TeacherTargets
 
 Weigh = Callable[[Tensor], Tensor]
 """float[n] log-probabilities of the tokens now -> float[n] importance weights."""
+Look = Callable[[Tensor, slice], None]
+"""float[n,B] logits of the ids of a slice."""
 
 
 class SupportReader:
@@ -32,13 +34,17 @@ class SupportReader:
         none_n = torch.full((len(targets),), -1, dtype=torch.int32, device=targets.device)
         self.places = Places(targets.ids_NK.int(), none_n if tokens_n is None else tokens_n.int())
         self.sums = Sums.empty(self.places, projector.accurate)
-        self.looks = (self._absorb,)
         self._slopes: Slopes | None = None
 
     @staticmethod
     def bytes_each(itemsize: int) -> int:
         """Bytes that are held for a logit of the student of `itemsize` bytes."""
         return itemsize
+
+    @property
+    def looks(self) -> tuple[Look, ...]:
+        """What each block is shown to before `solve`, all blocks to one after the other."""
+        return (self._absorb,)
 
     def _absorb(self, block_nB: Tensor, columns: slice) -> None:
         real = real_of(columns, self.size)
