@@ -63,7 +63,7 @@ LossOf = Callable[[Tensor, Any], Tensor]
 
 
 def student(shape: str, device: torch.device) -> Any:
-    """A model with random weights that accepts an objective, with adapters on a shape that is too large to train whole."""
+    """A model with random weights that accepts an objective; with adapters on a shape too large to train whole."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(**SHAPES[shape], head_dim=128 if shape != "tiny" else 16, max_position_embeddings=40960)
