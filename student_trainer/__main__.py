@@ -20,7 +20,9 @@ EPILOG = """\
 Settings: section.key=value on the command line over STRONG2WEAK_SECTION__KEY in the environment over the file over
 defaults, for example policy_distillation.learning_rate=1e-5 or STRONG2WEAK_DATA__MAX_LENGTH=1024.
 Exit status: 0 done, 1 an error that you can mend (one line says how), 2 a wrong command line, 130 interrupted
-(Ctrl-C), 143 stopped by SIGTERM. While a stage trains, either saves a checkpoint first; a second one stops at once."""
+(Ctrl-C), 143 stopped by SIGTERM. While a stage trains, either saves a checkpoint first; a second one stops at once.
+
+`python -m student_trainer export SOURCE TARGET` merges adapters and writes a folder with whole weights."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,7 +71,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    options = make_parser().parse_intermixed_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["export"]:
+        return _export(given[1:])
+    options = make_parser().parse_intermixed_args(given)
     if isinstance(options.resume, str) and "=" in options.resume and not Path(options.resume).exists():
         options.settings.insert(0, options.resume)  # `--resume section.key=value`
         options.resume = True
@@ -93,6 +98,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the one place where errors become exit codes
         return _report(error, log_file)
     return 0
+
+
+def _export(arguments: Sequence[str]) -> int:
+    from student_trainer import export
+
+    try:
+        return export.main(arguments)
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - as in `main`
+        return _report(error, Path("distillation.log"))
 
 
 def _run(config: Any, stage: str, pretrained_student: str | None) -> None:

@@ -53,7 +53,8 @@ class Models(Section):
     student_model: str = "Qwen/Qwen3-8B"
     """Folder or hub name of the student that is trained."""
     load_in_4bit: bool = True
-    """Quantise the teacher that the trainer starts itself to 4 bits (bitsandbytes). The student is never quantised."""
+    """Quantise the teacher that the trainer starts itself to 4 bits (bitsandbytes). For the student there is
+    student_load_in_4bit."""
     load_in_8bit: bool = False
     """Quantise it to 8 bits instead; switches load_in_4bit off where that is left out."""
     torch_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "bfloat16"
@@ -62,6 +63,21 @@ class Models(Section):
     """Attention kernel; auto takes FlashAttention where it is installed and the device can use it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the student's files. Only for sources that you trust."""
+    lora_rank: Annotated[int, Field(ge=0)] = 0
+    """Rank of LoRA adapters, which are trained in place of the student's weights; 0 trains all weights."""
+    lora_alpha: Rate = 32.0
+    """Adapters are scaled by lora_alpha / lora_rank."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is dropped while training."""
+    lora_targets: list[str] = Field(default_factory=list)
+    """Names of the linear layers that get adapters, such as q_proj; empty takes all but the LM head."""
+    student_load_in_4bit: bool = False
+    """QLoRA: keep the student's own weights in 4 bits (bitsandbytes) below its adapters; needs lora_rank."""
+    student_load_in_8bit: bool = False
+    """The same in 8 bits."""
+    merge_adapters: bool = True
+    """Write best and final models with the adapters merged into the weights, in torch_dtype, and keep the adapter in
+    the folder adapter beside them; false writes the adapter alone. Checkpoints hold the adapter alone."""
 
     @model_validator(mode="before")
     @classmethod
@@ -74,6 +90,10 @@ class Models(Section):
     def _one_quantisation(self) -> Models:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are both true; set one of them to false")
+        if self.student_load_in_4bit and self.student_load_in_8bit:
+            raise ValueError("student_load_in_4bit and student_load_in_8bit are both true; set one of them to false")
+        if (self.student_load_in_4bit or self.student_load_in_8bit) and not self.lora_rank:
+            raise ValueError("a quantised student is trained through adapters; set lora_rank, to 16 for example")
         return self
 
 

@@ -79,6 +79,7 @@ class DistillationTrainer(SavingTrainer):
         about: Callable[[int, dict[str, float]], dict[str, Any]],
         save_total_limit: int | None,
         stopper: Stopper | None = None,
+        complete: Callable[[Path], None] = lambda folder: None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.feed, self.loss, self._evaluator = feed, loss, evaluator
@@ -100,6 +101,7 @@ class DistillationTrainer(SavingTrainer):
             about=about,
             save_total_limit=save_total_limit,
             stopper=stopper,
+            complete=complete,
             data_collator=list,
             train_dataset=_Indices(len(feed)),
             eval_dataset=_Indices(1),

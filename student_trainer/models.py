@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from . import adapters
 from .config import Config
 from .errors import UserError
 
@@ -44,7 +45,7 @@ def _checked(source: str | Path) -> str:
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / "config.json").is_file() and adapters.find(path) is None:
             models = sorted(p.parent.name for p in path.glob("*/config.json"))
             hint = f"; it holds {', '.join(models)}, name one of them" if models else ""
             raise UserError(f"{text} is no model folder: it has no config.json{hint}")
@@ -65,7 +66,7 @@ def _explain(error: Exception, source: str) -> UserError:
 
 def load_tokenizer(config: Config, source: str | Path) -> Any:
     """The tokenizer of `source`, padding on the left; it must have a chat template and a padding or end token."""
-    name = _checked(source)
+    name = _with(source, "tokenizer_config.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=config.models.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -81,24 +82,50 @@ def load_tokenizer(config: Config, source: str | Path) -> Any:
 
 
 def load_student(config: Config, source: str | Path | None = None) -> Any:
-    """The student of `source` (default models.student_model) in the configured dtype, on the CPU, in training mode."""
-    name = _checked(source or config.models.student_model)
-    dtype = resolve_dtype(config.models.torch_dtype)
-    attention = resolve_attention(config.models.attn_implementation)
+    """The student of `source` (default models.student_model) in the configured dtype, in training mode, with adapters
+    where these are configured; on the CPU, a quantised one on the device that it trains on.
+
+    An adapter in `source` goes on being trained, or is merged into the weights where all of these are trained.
+    """
+    models = config.models
+    dtype, attention = resolve_dtype(models.torch_dtype), resolve_attention(models.attn_implementation)
+    name, adapter = adapters.starting_point(models, _checked(source or models.student_model))
+    name = _checked(name)
+    if Path(name).is_dir():
+        name = str(Path(name).resolve())  # what an adapter says of its base must hold in other folders too
     try:
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
             attn_implementation=attention,
-            trust_remote_code=config.models.trust_remote_code,
+            trust_remote_code=models.trust_remote_code,
+            **adapters.quantisation(models, dtype),
         )
+        if adapter is not None and not models.lora_rank:
+            model = adapters.merge(model, adapter)
     except (OSError, ValueError, ImportError) as error:
         raise _explain(error, name) from error
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"the student {name} does not fit the GPU's memory in {config.models.torch_dtype}") from error
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()  # away from the mapped file, whose writer would otherwise change the weights
+    if not getattr(model, "is_quantized", False):
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()  # away from the mapped file, whose writer would else change the weights
+    if models.lora_rank:
+        model = adapters.attach(model, models, adapter)
     return model.train()
+
+
+def complete_model(folder: Path, config: Config) -> None:
+    """Merges the adapter that was written to a model folder, where there is one and that is wanted."""
+    if config.models.lora_rank and config.models.merge_adapters:
+        adapters.complete(folder, config.models, resolve_dtype(config.models.torch_dtype))
+
+
+def _with(source: str | Path, file: str) -> str:
+    """`source`, or the base of the adapter in it where `source` is a folder without `file`."""
+    name = _checked(source)
+    adapter = adapters.find(name)
+    return _checked(adapter.base) if adapter is not None and not (Path(name) / file).is_file() else name
 
 
 @dataclass(frozen=True)
@@ -112,7 +139,7 @@ class Description:
 
 def describe(config: Config, source: str | Path) -> Description:
     """The student of `source` as its files describe it; UserError where they cannot be read."""
-    name, tokenizer = _checked(source), load_tokenizer(config, source)
+    name, tokenizer = _with(source, "config.json"), load_tokenizer(config, source)
     try:
         model = AutoConfig.from_pretrained(name, trust_remote_code=config.models.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -40,6 +40,7 @@ def accept_objective(model: Any) -> Any:
     def forward(self: Any, *args: Any, objective: Any = None, places: Any = None, **kwargs: Any) -> Any:
         if objective is None:
             return plain(self, *args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # PEFT names what nobody gave
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return self.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, places), objective)
 

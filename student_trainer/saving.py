@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from . import distributed
+from .adapters import describe_base
 from .checkpoints import Layout, put, rotate, write_about
 from .errors import Interrupted, UserError, is_disk_full
 from .manifest import size_of
@@ -61,7 +62,9 @@ class StepBoundary(TrainerCallback):  # type: ignore[misc]
 
 
 class SavingTrainer(ShardingTrainer):
-    """A Trainer that saves as the module says. `about` is what a model folder's training_config.json says."""
+    """A Trainer that saves as the module says. `about` is what a model folder's training_config.json says; `complete`
+    is called by rank 0 with a model folder, no checkpoint, once all else is in it.
+    """
 
     def __init__(
         self,
@@ -70,9 +73,10 @@ class SavingTrainer(ShardingTrainer):
         about: Callable[[int, dict[str, float]], dict[str, Any]],
         save_total_limit: int | None,
         stopper: Stopper | None = None,
+        complete: Callable[[Path], None] = lambda folder: None,
         **options: Any,
     ) -> None:
-        self.layout, self._about, self._keep = layout, about, save_total_limit
+        self.layout, self._about, self._keep, self._complete = layout, about, save_total_limit, complete
         self.stopper = stopper or Stopper()
         self._failures: list[Exception] | None = None
         self._saved_step = -1
@@ -99,6 +103,7 @@ class SavingTrainer(ShardingTrainer):
         about = self._about(self.state.global_step, measured)
 
         def describe() -> None:
+            self._complete(staging)
             (staging / "README.md").write_text(model_card(about), encoding="utf-8")
 
         trouble = self._put(lambda: self.save_model(str(staging), _internal_call=True), describe, folder, about)
@@ -190,6 +195,8 @@ class SavingTrainer(ShardingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer does; see the module for a full disk."""
         self._unless_full(super().save_model, output_dir, _internal_call)
+        if self.args.should_save and output_dir is not None and hasattr(self.model, "get_base_model"):
+            self._unless_full(describe_base, self.model, Path(output_dir))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         self._unless_full(super()._save_optimizer_and_scheduler, output_dir)

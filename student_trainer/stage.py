@@ -27,7 +27,7 @@ from .errors import Interrupted, UserError
 from .evaluation import Evaluator, Measurement, Student
 from .feed import Feed
 from .history import History
-from .models import eos_ids, load_student, load_tokenizer
+from .models import complete_model, eos_ids, load_student, load_tokenizer
 from .objective_forward import accept_objective
 from .report import RunReport
 from .stage_loss import StageLoss
@@ -69,7 +69,8 @@ def open_student(config: Config, source: str | Path, vocab_size: int) -> Student
     """The student of `source`, ready to train, on this process's device."""
     model = packing.set_up(accept_objective(load_student(config, source)), config.training.packing)
     tokenizer = load_tokenizer(config, source)
-    model.to(training_device())
+    if not getattr(model, "is_quantized", False):  # else it is there already
+        model.to(training_device())
     return Student(model, tokenizer, vocab_size, eos_ids(model.generation_config, tokenizer))
 
 
@@ -207,6 +208,7 @@ def train(
         about=about,
         save_total_limit=session.config.training.save_total_limit,
         stopper=stopper,
+        complete=lambda folder: complete_model(folder, session.config),
         callbacks=callbacks,
     )
     started = time.monotonic()
