@@ -1,4 +1,4 @@
-"""An asyncio loop whose clock jumps to the next timer when nothing else is to do, so that hours pass in milliseconds."""
+"""An asyncio loop whose clock jumps to the next timer when nothing else is to do: hours pass in milliseconds."""
 
 from __future__ import annotations
 
