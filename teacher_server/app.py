@@ -18,6 +18,7 @@ from pathlib import Path
 
 from teacher_server.auth import Authenticator, TrustingAuthenticator
 from teacher_server.backends.base import Backend
+from teacher_server.backends.life import Patience
 from teacher_server.backends.supervisor import EngineState, Supervised
 from teacher_server.config import ServerConfig
 from teacher_server.key_watch import KeyAuthenticator
@@ -34,6 +35,8 @@ from teacher_server.transports.tls import Tls, TlsError
 
 log = logging.getLogger(__name__)
 
+HEALTH_S = 1.0
+"""Seconds between two looks at the engine's health."""
 FLUSH_S = 5.0
 """Seconds in which answers that are complete may still leave their sockets."""
 
@@ -99,7 +102,8 @@ class App:
                 self._loop.add_signal_handler(signal.SIGHUP, self._authenticator.reload)
         address = _address(self._config.host)
         listener = _listen(address, self._config.http_port)
-        engine = Supervised(self._make_backend, self._config.restart_policy(), self._on_state)
+        patience = Patience(**self._config.watch.model_dump())
+        engine = Supervised(self._make_backend, self._config.restart_policy(), self._on_state, patience)
         try:
             host = f"[{address}]" if ":" in address else address
             try:
@@ -182,12 +186,18 @@ class App:
         self._changed.set()
 
     async def _report_health(self, engine: Supervised) -> None:
-        """Keeps grpc.health.v1 equal to what /ready says."""
+        """Keeps grpc.health.v1 equal to what /ready says, and logs where that changes without a restart."""
+        before = True
         while True:
-            await self._changed.wait()
-            self._changed.clear()
-            self.service.measure()
-            self._grpc.set_serving(await engine.healthy())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), HEALTH_S)
+                self._changed.clear()
+                self.service.measure()
+            healthy = await engine.healthy()
+            if healthy is not before:
+                log.log(logging.INFO if healthy else logging.WARNING, "health: %s", "ready" if healthy else "not ready")
+                self._grpc.set_serving(healthy)
+                before = healthy
 
     @contextlib.contextmanager
     def _ready_file(self) -> Iterator[None]:

@@ -41,7 +41,12 @@ def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
 
     async def serve() -> int:
         app = App(config, make or make_backend)
-        code = await app.run()
+        try:
+            code = await app.run()
+        except StartError as error:
+            if not app.left_behind:
+                raise
+            code = report(error)
         if app.left_behind:  # such a thread would be waited for, and there is nothing to lose
             await asyncio.to_thread(end_processes, LEFTOVERS_S)
             logging.shutdown()
@@ -52,8 +57,13 @@ def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             return runner.run(serve())
     except StartError as error:
-        print(f"teacher_server: {error}", file=sys.stderr, flush=True)
-        return 1
+        return report(error)
+
+
+def report(error: StartError) -> int:
+    """Says why the server does not start; the exit code."""
+    print(f"teacher_server: {error}", file=sys.stderr, flush=True)
+    return 1
 
 
 def allow_many_files() -> None:

@@ -101,6 +101,11 @@ class Backend(Protocol):
         """What it generates at a time; the service keeps a little more submitted. Valid once `start` has returned."""
         ...
 
+    @property
+    def steps(self) -> int:
+        """A number that grows with each step that the engine finishes; one that has work and does not grow it hangs."""
+        ...
+
     async def start(self) -> None:
         """Loads the model and checks itself; raises ValueError for what the operator can mend, naming it."""
         ...

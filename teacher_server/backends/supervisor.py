@@ -24,6 +24,10 @@ _LOG = logging.getLogger(__name__)
 LONGEST_BACKOFF_S = 30.0
 
 
+class StartTooLong(ValueError):
+    """An engine did not start in time; what it began may still run."""
+
+
 class EngineState(Enum):
     """Where the engine is."""
 
@@ -78,6 +82,11 @@ class Supervised:
         return self._batch_tokens
 
     @property
+    def steps(self) -> int:
+        """Steps of the engine that runs."""
+        return self._running().engine.steps
+
+    @property
     def generation_room(self) -> Room:
         """Room of the engine that runs, or ran last."""
         return self._room
@@ -112,8 +121,8 @@ class Supervised:
         )
 
     async def healthy(self) -> bool:
-        """Whether the engine runs, as far as is known."""
-        return self._state is EngineState.UP
+        """Whether the engine runs, as far as is known, and has finished a step lately."""
+        return self._state is EngineState.UP and self._life is not None and self._life.proved
 
     async def close(self) -> None:
         """Stops watching and ends the engine; calls in flight fail with Unavailable."""
@@ -161,6 +170,8 @@ class Supervised:
         self._become(EngineState.STARTING)
         try:
             await self._begin()
+        except StartTooLong as error:
+            self._give_up(str(error))
         except Exception:  # noqa: BLE001 - logged whole, and tried again
             _LOG.exception("the engine could not be started again")
             self._become(EngineState.DOWN)
@@ -168,8 +179,16 @@ class Supervised:
     async def _begin(self) -> None:
         """Makes and starts an engine, which must be of the first one's fingerprint."""
         try:
-            self._engine = engine = await asyncio.to_thread(self._make)
-            await engine.start()
+            async with asyncio.timeout(self._patience.start_s) as limit:
+                self._engine = engine = await asyncio.to_thread(self._make)
+                await engine.start()
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            self._engine, self.left_behind = None, True
+            raise StartTooLong(
+                f"the start took more than the {self._patience.start_s:g} s of watch.start_s"
+            ) from error
         except asyncio.CancelledError:
             self._engine, self.left_behind = None, True  # a thread that reads weights cannot be stopped
             raise

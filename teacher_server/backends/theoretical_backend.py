@@ -53,13 +53,14 @@ class Behaviour:
 
 @dataclass
 class Counters:
-    """What it did, for tests to look at: calls begun, calls cancelled, tokens scored and generated."""
+    """What it did, for tests to look at: calls begun and cancelled, tokens scored and generated, steps."""
 
     scored: int = 0
     generated: int = 0
     cancelled: int = 0
     score_tokens: int = 0
     new_tokens: int = 0
+    steps: int = 0
     score_order: list[int] = field(default_factory=list)
     """Number of tokens of each scored sequence, in the order in which they were submitted."""
 
@@ -115,6 +116,11 @@ class TheoreticalBackend:
     def generation_room(self) -> Room:
         """Four steps' tokens, as many completions as one step has."""
         return Room(4 * self._options.batch_tokens, self._options.batch_tokens)
+
+    @property
+    def steps(self) -> int:
+        """Times that tokens were spent."""
+        return self.counters.steps
 
     async def start(self) -> None:
         """Needs no time; ValueError where it is broken."""
@@ -218,6 +224,7 @@ class TheoreticalBackend:
             await _for_ever()
         if self._down.is_set():
             raise Unavailable("the teacher's engine is down", retry_after_s=1.0)
+        self.counters.steps += 1
 
 
 async def _for_ever() -> None:

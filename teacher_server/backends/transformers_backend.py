@@ -52,6 +52,11 @@ class TransformersBackend(CheckpointFace):
         """Positions of the cache of keys and values, and rows of the running batch."""
         return self._room
 
+    @property
+    def steps(self) -> int:
+        """Batches of scores and steps of generation that have ended."""
+        return self._worker.steps if self._worker is not None else 0
+
     async def start(self) -> None:
         """Loads and checks the model in its thread, so that the loop can answer meanwhile."""
         self._worker = Worker(self._make, batch_tokens=self._options.batch_tokens)

@@ -61,6 +61,11 @@ class VllmBackend(CheckpointFace):
         tokens = each * replicas if each else int(cache.num_gpu_blocks or 0) * int(cache.block_size)
         return Room(max(tokens, self.batch_tokens), int(config.scheduler_config.max_num_seqs) * replicas)
 
+    @property
+    def steps(self) -> int:
+        """Outputs of steps that the engine's processes have sent."""
+        return self._engine.steps if self._engine is not None else 0
+
     async def start(self) -> None:
         """Starts the engine, puts the scorer into its workers and checks what it says."""
         vllm_options.check_version(self._version)

@@ -50,6 +50,9 @@ class Engine:
         self._serial = itertools.count()
         self.keeps_tensors = kept
         """Whether log-probabilities of prompts arrive as tensors."""
+        self.steps = 0
+        """Outputs of steps that have arrived."""
+        self._count_steps()
 
     @staticmethod
     def start(args: Any) -> Engine:
@@ -58,6 +61,17 @@ class Engine:
 
         kept = vllm_tap.install()
         return Engine(AsyncLLM.from_engine_args(args), kept)
+
+    def _count_steps(self) -> None:
+        core = self._llm.engine_core
+        receive = core.get_output_async
+
+        async def receive_and_count() -> Any:
+            outputs = await receive()
+            self.steps += 1
+            return outputs
+
+        core.get_output_async = receive_and_count
 
     @property
     def config(self) -> Any:

@@ -56,6 +56,8 @@ class Worker:
         self._active: list[ScoreJob] = []
         self._lock = threading.Lock()
         self._end: TeacherError | None = None
+        self.steps = 0
+        """Batches of scores and steps of generation that have ended."""
         self._thread = threading.Thread(target=self._run, name="teacher-engine", daemon=True)
         self._thread.start()
 
@@ -122,11 +124,13 @@ class Worker:
             self._active = batch
             self._score(engine.scorer, batch)
             self._active = []
+            self.steps += 1
             self._outbox.flush()
         share = time.monotonic() - began
         began = time.monotonic()
         while engine.generation.busy:
             engine.generation.advance(self._outbox)
+            self.steps += 1
             if time.monotonic() - began >= share:
                 break
 
