@@ -128,6 +128,9 @@ class DistillationTrainer(SavingTrainer):
     ) -> tuple[list[dict[str, MicroBatch]], torch.Tensor]:
         """The micro-batches of one optimizer step, and the completion tokens of the global batch."""
         self.stopper.check()
+        if self.state.global_step >= self.state.max_steps:  # gone on from the checkpoint of the last step
+            self.control.should_training_stop = True
+            return [], torch.tensor(0.0, device=device)
         given = sorted(chain.from_iterable(islice(epoch_iterator, num_batches)))
         started = time.monotonic()
         if not self._announced:
