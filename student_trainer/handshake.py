@@ -47,7 +47,7 @@ def check(
     """
     where = f"teacher {info.name} at {use.route}" if use.route else f"teacher {info.name}"
     _check_fingerprint(info, use, where)
-    _check_tokenizer(info, tokenizer, logits_width, where)
+    _check_tokenizer(info, tokenizer, logits_width, bool(use.route), where)
     _check_end(info, tokenizer, eos_ids, where)
     stage = _narrowed(config, stage, use.modes)
     _check_limits(info, config, stage, where)
@@ -72,7 +72,7 @@ def _check_fingerprint(info: TeacherInfo, use: Use, where: str) -> None:
         )
 
 
-def _check_tokenizer(info: TeacherInfo, tokenizer: Any, logits_width: int, where: str) -> None:
+def _check_tokenizer(info: TeacherInfo, tokenizer: Any, logits_width: int, several: bool, where: str) -> None:
     size = max(tokenizer.get_vocab().values()) + 1
     same = "use a student of the teacher's family, with the same tokenizer files"
     if info.vocab_size != size:
@@ -88,7 +88,9 @@ def _check_tokenizer(info: TeacherInfo, tokenizer: Any, logits_width: int, where
         raise UserError(
             f"its chat template has the hash {names[0]}, the student's {names[1]}: prompts would differ",
             where,
-            "copy the teacher's chat_template.jinja into the student's folder",
+            "copy the student's chat_template.jinja into this teacher's folder, and start it anew"
+            if several
+            else "copy the teacher's chat_template.jinja into the student's folder",
         )
     if info.normalized_size > logits_width:
         raise UserError(

@@ -103,6 +103,15 @@ def test_a_difference_is_refused_naming_both_values_and_what_to_do(
     assert caught.value.next_step
 
 
+def test_of_several_teachers_the_students_template_is_the_common_one(info: TeacherInfo, tokenizer: Any) -> None:
+    other, use = replace(info, template_hash="abc"), Use("teacher.routes.1 (thinking)")
+    pattern = (
+        r"at teacher\.routes\.1 \(thinking\): its chat template .*copy the student's chat_template\.jinja into this"
+    )
+    with pytest.raises(UserError, match=pattern):
+        check(other, tokenizer, WIDTH, Config(), use=use)
+
+
 def test_an_expected_fingerprint_is_compared(info: TeacherInfo, tokenizer: Any) -> None:
     check(info, tokenizer, WIDTH, Config(), use=Use(fingerprint="f1"))
     with pytest.raises(UserError, match="its fingerprint is f1, the configuration expects f9; start that teacher"):
