@@ -44,14 +44,16 @@ def borders(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
 
 
 def has_kernel(query: Tensor, dropout: float) -> bool:
-    """Whether the kernel takes such queries: bfloat16 or float16, an NVIDIA GPU from Ampere on (or AMD's), no dropout,
-    and heads whose size is a multiple of 8 up to 256.
+    """Whether the kernel takes such queries, backward pass included: bfloat16 or float16, an NVIDIA GPU from Ampere on
+    (or AMD's), no dropout, and heads whose size is a multiple of 8, up to 256 on an A100 or H100 and 192 elsewhere.
     """
     size = query.shape[-1]
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or dropout > 0:
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or dropout > 0 or size % 8:
         return False
-    modern = torch.version.hip is not None or torch.cuda.get_device_capability(query.device) >= (8, 0)
-    return modern and size % 8 == 0 and size <= 256
+    if torch.version.hip is not None:
+        return size <= 192
+    capability = torch.cuda.get_device_capability(query.device)
+    return capability >= (8, 0) and size <= (256 if capability in ((8, 0), (9, 0)) else 192)
 
 
 def packed_attention(

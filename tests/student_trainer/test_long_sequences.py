@@ -180,7 +180,7 @@ def test_a_thinking_trace_of_32768_tokens_is_scored_and_trained_on(tmp_path: Pat
                 "num_epochs": 1,
                 "batch_size": 1,
                 "gradient_accumulation_steps": 1,
-                "top_k": 8,
+                "top_k": 64,
                 "max_new_tokens": 2,
             }
             values = {

@@ -81,6 +81,14 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_rows(window: int | 
         assert (slopes[name] - slope).norm() <= 1e-6 * slope.norm(), name
 
 
+def test_packed_rows_take_part_in_autocast_as_padded_ones_do() -> None:
+    model, rows = tiny(), some_rows()
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = losses(packing.set_up(model, True), rows)
+        padded = losses(packing.set_up(model, False), rows)
+    torch.testing.assert_close(packed, padded, rtol=0.02, atol=0.02)
+
+
 def test_a_sequence_does_not_see_the_others_of_its_row() -> None:
     model, rows = packing.set_up(tiny(), True), some_rows()
     before = losses(model, rows)
