@@ -15,6 +15,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from teacher_server.auth import Authenticator, TrustingAuthenticator
 from teacher_server.backends.base import Backend
@@ -23,6 +24,7 @@ from teacher_server.backends.supervisor import EngineState, Supervised
 from teacher_server.config import ServerConfig
 from teacher_server.key_watch import KeyAuthenticator
 from teacher_server.keys import KeyFileError
+from teacher_server.listening import listening
 from teacher_server.metrics import Metrics
 from teacher_server.service import ServiceSettings, TeacherService
 from teacher_server.transports.grpc_transport import GrpcTransport
@@ -86,6 +88,7 @@ class App:
         self.grpc_address = ""
         """host:port once bound."""
         self.http_address = ""
+        self._end_at = 0.0
         """http://host:port once bound, or https."""
 
     def stop(self) -> None:
@@ -163,6 +166,7 @@ class App:
             self.service.drain()
             log.info("draining %d calls for at most %g s", self.service.open_calls, self._config.grace_s)
             await self._drain()
+        log.info("listening on %s", ", ".join(await asyncio.to_thread(listening)))
 
     async def _drain(self) -> None:
         """Returns when every call has ended, the grace period is over, or `stop` was called again."""
@@ -176,15 +180,28 @@ class App:
 
     async def _shut(self, web: asyncio.Task[None]) -> None:
         self._http.should_exit = True
-        await asyncio.gather(self._grpc.stop(FLUSH_S), web)
+        self._end_at = self._loop.time() + self._config.grace_s
+        stopped: asyncio.Future[Any] = asyncio.gather(self._grpc.stop(seconds), web)
+        if not self._hurry.is_set():
+            hurry: asyncio.Future[Any] = asyncio.create_task(self._hurry.wait())
+            await asyncio.wait({stopped, hurry}, return_when=asyncio.FIRST_COMPLETED)
+            hurry.cancel()
+            if not stopped.done():
+                self._http.force_exit = True
+                await self._grpc.stop(0)
+        await stopped
 
     def _on_state(self, state: EngineState) -> None:
         if state is EngineState.STARTING:
             self.service.metrics.engine_restarts.inc()
+            self._end_at = 0.0
         if state is EngineState.GIVEN_UP:
             self._stopping.set()
         self._changed.set()
 
+        """Lets answers leave that are complete, for what is left of the grace period at least."""
+        seconds = FLUSH_S if self._hurry.is_set() else max(FLUSH_S, self._end_at - self._loop.time())
+        self._http.config.timeout_graceful_shutdown = int(seconds)
     async def _report_health(self, engine: Supervised) -> None:
         """Keeps grpc.health.v1 equal to what /ready says, and logs where that changes without a restart."""
         before = True

@@ -143,11 +143,18 @@ def environment(**variables: str) -> dict[str, str]:
 
 @contextmanager
 def process(
-    tmp_path: Path, *arguments: str, seconds: float = WAIT_S, **variables: str
+    tmp_path: Path, *arguments: str, seconds: float = WAIT_S, code: str = "", **variables: str
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A server process that is ready within `seconds`, and what its ready file says."""
+    """A server process that is ready within `seconds`, and what its ready file says.
+
+    `code` is a program to run in place of `python -m teacher_server`, with the ready file as its argument.
+    """
     ready = tmp_path / "ready.json"
-    line = command("--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready), *arguments)
+    line = (
+        [sys.executable, "-c", code, str(ready)]
+        if code
+        else command("--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready), *arguments)
+    )
     with (tmp_path / "log").open("w+") as log:
         running = subprocess.Popen(line, env=environment(**variables), stderr=log, stdout=log, text=True, cwd=ROOT)
         try:

@@ -22,12 +22,18 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     def __init__(self, services: Iterable[str]) -> None:
         self._serving = dict.fromkeys(services, False)
         self._changed = asyncio.Event()
+        self._closed = False
 
     def set(self, serving: bool) -> None:
         """Gives every service one health; watchers hear of it."""
         self._serving = dict.fromkeys(self._serving, serving)
         self._changed.set()
         self._changed = asyncio.Event()
+
+    def close(self) -> None:
+        """Ends every watch, so that watchers do not keep the server."""
+        self._closed = True
+        self.set(False)
 
     def _status(self, service: str) -> Any:
         serving = self._serving.get(service)
@@ -50,5 +56,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             if status != last:
                 last = status
                 yield _STATUS(status=status)
+            elif self._closed:
+                return
             else:
                 await changed.wait()

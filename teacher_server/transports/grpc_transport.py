@@ -173,4 +173,5 @@ class GrpcTransport:
 
     async def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets those in progress end for `grace_s` seconds, then cancels them."""
+        self._health.close()
         await self._server.stop(grace_s)
