@@ -278,6 +278,16 @@ class PolicyDistillation(Section):
     max_staleness: Annotated[int, Field(ge=0)] = 0
     """Optimiser steps between sampling a rollout and training on it: 0 is strictly on-policy. Above 0 the teacher
     scores while the student trains, and importance weights make up for what the student has learnt meanwhile."""
+    rollout_engine: Literal["auto", "continuous", "padded", "vllm"] = "auto"
+    """What the student samples with, in evaluation too: continuous refills a slot as soon as its completion ends,
+    padded is transformers' generate in batches, auto is the first of these that the model's attention allows; vllm runs
+    vLLM beside the student on each process's device (pip install 'strong2weak[vllm]')."""
+    rollout_slots: PositiveInt = 32
+    """Completions that are sampled at the same time on one device. Keys and values take rollout_slots times the longest
+    prompt and completion (147 KB a token with Qwen3-8B in bfloat16); with vllm it is the largest number."""
+    rollout_engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vllm.LLM, such as gpu_memory_utilization: 0.4 unless given, because the student needs the
+    rest of the GPU. It sleeps, and holds nothing, while the student trains."""
     max_steps: MaxSteps = -1
     """Stop after this many optimiser steps; -1 goes by num_epochs."""
 

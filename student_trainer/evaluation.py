@@ -30,7 +30,7 @@ from .modes import render
 from .packing import forward_inputs
 from .reporting import Reporter
 from .responses import Request, Response, collect, fitting
-from .rollouts import Rollout, sample_sorted
+from .rollouts import Rollout, RolloutEngine, in_order
 from .row_scores import RowScores
 from .score_store import Wait
 from .sharding import whole
@@ -59,17 +59,11 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Student:
-    """A model with what sampling from it needs: its tokenizer, the real vocabulary's size, its end and padding ids."""
+    """A model, its tokenizer, and the engine that samples from it."""
 
     model: Any
     tokenizer: Any
-    vocab_size: int
-    eos_ids: tuple[int, ...]
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """The keyword arguments of `rollouts.sample` that do not change."""
-        return {"vocab_size": self.vocab_size, "eos_ids": self.eos_ids, "pad_id": self.tokenizer.pad_token_id}
+    engine: RolloutEngine
 
 
 def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_length: int) -> list[Request]:
@@ -177,10 +171,11 @@ class Evaluator:
         values = accuracy(self.verifier, answers)
         share = 0.0  # of a whole distribution nothing is outside
         if self.plain.teacher is None:
-            scores = self.store.request(self.rows)()
+            scores = self.store.request(self._mine(self.rows))()
             one = self.temperatures.index(1.0)
-            tails = np.concatenate([s.tail_logprob[:, one] for s in scores if s.tail_logprob is not None])
-            share = float(np.exp(tails).mean())
+            tails = [np.exp(s.tail_logprob[:, one], dtype=np.float64) for s in scores if s.tail_logprob is not None]
+            parts = distributed.gather((sum(float(t.sum()) for t in tails), sum(len(t) for t in tails)))
+            share = sum(part for part, _ in parts) / max(sum(count for _, count in parts), 1)
         values |= {"forward_kl": 0.0, "reverse_kl": 0.0, "tail_share": share, "seconds": self.teacher_seconds}
         return Measurement(values)
 
@@ -225,15 +220,16 @@ class Evaluator:
         return accuracy(self.verifier, table), shown
 
     def _sample(self, student: Student, requests: Sequence[Request], tokens: int, temperature: float) -> list[Rollout]:
-        return sample_sorted(
-            student.model,
+        student.engine.update_weights()
+        return in_order(
+            student.engine,
             [r.prompt_ids for r in requests],
             rows=self.config.evaluation.batch_size,
             max_new_tokens=tokens,
             temperature=temperature,
             max_length=self.max_length,
             seed=self.config.training.seed,
-            **student.sampling,
+            names=[r.example_id for r in requests],
         )
 
     def _on_teacher_answers(self, student: Student, loss: StageLoss) -> dict[str, float]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,7 @@ from .mixture import mixed
 from .modes import assign_modes
 from .packing import forward_inputs
 from .responses import Request
-from .rollouts import Rollout, sample
+from .rollouts import Rollout
 from .schedule import Step
 from .sharding import whole
 from .stage import Outcome, Session, begin, train
@@ -84,10 +84,7 @@ class RolloutFeed:
         return [1] * len(self.examples)
 
     def announce(self, step: Step) -> None:
-        """Samples the step's rollouts with the present weights; each few go to the teacher as soon as they are there.
-
-        Non-thinking rollouts are short: they are sampled first, and scored while the thinking ones are sampled.
-        """
+        """Samples the step's rollouts with the present weights; each few go to the teacher as soon as they end."""
         if step.number in self._flights and self._flights[step.number].step == step:
             return  # a checkpoint held them
         examples = [self.examples[i] for indices in step.micro_batches for i in indices]
@@ -95,10 +92,9 @@ class RolloutFeed:
         requests = [self._requests[e.id, mode] for e, mode in zip(examples, modes, strict=True)]
         asked: list[Asked] = []
         with whole(self.student.model):
-            for mode in (Mode.NON_THINKING, Mode.THINKING):
-                rollouts = iter(self._sample([r for r in requests if r.mode is mode], step.number, mode))
-                while few := list(islice(rollouts, self.options.batch_size)):
-                    asked += self._ask(few)
+            rollouts = self._sample(requests, step.number)
+            while few := list(islice(rollouts, self.options.batch_size)):
+                asked += self._ask(few)
         self._flights[step.number] = Flight(step, asked)
 
     def take(self, step: Step) -> list[MicroBatch]:
@@ -140,25 +136,24 @@ class RolloutFeed:
         """What rollouts and scores depend on, beside weights, seed and step."""
         options = self.options
         sampled = options.sampling_temperature or options.temperature, self.weighs, distributed.world()
-        return f"{self.loss.spec}, {options.support}, {options.top_k}, {sampled}, {self.teachers.identity}"
+        engine, support = self.student.engine.name, (options.support, options.top_k)
+        return f"{self.loss.spec}, {support}, {sampled}, {engine}, {self.teachers.identity}"
 
-    def _sample(self, requests: Sequence[Request], step: int, mode: Mode) -> list[tuple[Row, Rollout]]:
-        """One rollout of each request, short ones first."""
-        options, seed = self.options, (self.config.training.seed, step, distributed.rank(), mode.thinking)
-        if not requests:
-            return []
-        rollouts = sample(
-            self.student.model,
+    def _sample(self, requests: Sequence[Request], step: int) -> Iterator[tuple[Row, Rollout]]:
+        """One rollout of each request, as they end. Thinking ones begin first: the longest should not be last."""
+        options = self.options
+        requests = sorted(requests, key=lambda r: not r.mode.thinking)
+        self.student.engine.update_weights()
+        for place, rollout in self.student.engine.sample(
             [r.prompt_ids for r in requests],
             max_new_tokens=options.max_new_tokens,
             temperature=options.sampling_temperature or options.temperature,
             max_length=self.config.data.max_length,
-            seed=hash(seed) % 2**63,
+            seed=hash((self.config.training.seed, step)) % 2**63,
             logprobs=self.weighs,
-            **self.student.sampling,
-        )
-        found = [(rollout_row(r, request), r) for r, request in zip(rollouts, requests, strict=True)]
-        return sorted(found, key=lambda pair: len(pair[0].ids))
+            names=[r.example_id for r in requests],
+        ):
+            yield rollout_row(rollout, requests[place]), rollout
 
     @property
     def weighs(self) -> bool:

@@ -28,7 +28,7 @@ from .modes import render
 from .opening import open_teachers
 from .report import RunReport
 from .reporting import Reporter, check_reports, final_table, logging_to
-from .rollouts import sample
+from .rollouts import in_order
 from .settings import to_yaml
 from .stage import Outcome, Session, open_student, report, training_device
 from .stage_loss import StageLoss
@@ -115,6 +115,7 @@ def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[st
         layout = on_policy_layout(config.training.output_dir)
         if stage == "all":
             best = outcome.best_model
+            student.engine.close()
             outcome = run_stage(
                 session, layout, on_policy.distil, lambda: open_student(config, best, session.teachers.vocab_size)
             )
@@ -135,7 +136,11 @@ def run_stage(
     if distributed.on_main(lambda: is_finished(layout, session.resume)):
         log.info("%s is finished, going on after it", layout.root)
         return Outcome(layout.best_model, read_about(layout.best_model).get("measured", {}), None)
-    outcome = distil(session, student())
+    chosen = student()
+    try:
+        outcome = distil(session, chosen)
+    finally:
+        chosen.engine.close()
     log.info("%s: best model in %s, final model in %s", layout.stage, layout.best_model, layout.final_model)
     return outcome
 
@@ -167,7 +172,7 @@ def try_both(config: Config, teachers: Teachers, source: str | Path, messages: A
         if not answering:
             continue
         prompt = render(student.tokenizer, messages, mode)
-        own = sample(student.model, [prompt], max_new_tokens=limit, temperature=0.0, **student.sampling)[0]
+        own = in_order(student.engine, [prompt], max_new_tokens=limit, temperature=0.0, seed=0)[0]
         log.info("student, %s: %r", mode.value, answer_text(student.tokenizer, own))
         for teacher in answering:
             if teacher.info.can_generate:

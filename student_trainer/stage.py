@@ -30,6 +30,7 @@ from .history import History
 from .models import complete_model, eos_ids, load_student, load_tokenizer
 from .objective_forward import accept_objective
 from .report import RunReport
+from .rollouts import open_engine
 from .stage_loss import StageLoss
 from .stopping import Stopper
 from .teachers import Teachers
@@ -71,7 +72,9 @@ def open_student(config: Config, source: str | Path, vocab_size: int) -> Student
     tokenizer = load_tokenizer(config, source)
     if not getattr(model, "is_quantized", False):  # else it is there already
         model.to(training_device())
-    return Student(model, tokenizer, vocab_size, eos_ids(model.generation_config, tokenizer))
+    ends = eos_ids(model.generation_config, tokenizer)
+    engine = open_engine(config, model, vocab_size=vocab_size, eos_ids=ends, pad_id=tokenizer.pad_token_id)
+    return Student(model, tokenizer, engine)
 
 
 def begin(session: Session, layout: Layout) -> Path | None:

@@ -49,6 +49,7 @@ class RolloutEngine(Protocol):
         max_length: int | None = None,
         logprobs: bool = False,
         rows: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         """One completion for each prompt: its place among `prompts` and the rollout, each as soon as it has ended.
 
@@ -56,9 +57,9 @@ class RolloutEngine(Protocol):
         at the same time, or as many as the engine was made for. `max_length` bounds prompt and completion together;
         every prompt must be shorter.
 
-        A rollout depends on the weights, `seed` and its own prompt alone, whatever else is sampled beside it (up to
-        rounding, which can tip a draw that lies on the edge). Weights must not change before the last one has come,
-        and one `sample` must end, or be closed, before the next begins.
+        A rollout depends on the weights, `seed`, its own prompt and its name among `names` alone, whatever else is
+        sampled beside it (up to rounding, which can tip a draw that lies on the edge). Weights must not change before
+        the last one has come, and one `sample` must end, or be closed, before the next begins.
         """
         ...
 
@@ -96,15 +97,16 @@ def row_limits(prompts: Sequence[Ids], max_new_tokens: int, max_length: int | No
     return limits
 
 
-def row_seeds(prompts: Sequence[Ids], seed: int) -> list[np.random.SeedSequence]:
-    """A source of random numbers for each prompt, made of the seed, the prompt and how often it came before.
+def row_seeds(prompts: Sequence[Ids], seed: int, names: Sequence[str] | None) -> list[np.random.SeedSequence]:
+    """A source of random numbers for each prompt, made of the seed, the prompt, its name, and how often it came before.
 
-    So neither the order of the prompts nor the batch decides what a prompt gets, and two of the same differ.
+    So neither the order of the prompts, nor the batch, nor the process that samples it decides what a prompt gets, and
+    two of the same differ.
     """
-    seen: Counter[bytes] = Counter()
+    seen: Counter[tuple[bytes, str]] = Counter()
     seeds = []
-    for prompt in prompts:
-        key = prompt.tobytes()
-        seeds.append(np.random.SeedSequence([seed, zlib.crc32(key), seen[key]]))
+    for prompt, name in zip(prompts, names or [""] * len(prompts), strict=True):
+        key = (prompt.tobytes(), name)
+        seeds.append(np.random.SeedSequence([seed, zlib.crc32(key[0]), zlib.crc32(name.encode()), seen[key]]))
         seen[key] += 1
     return seeds

@@ -58,10 +58,11 @@ class ContinuousEngine:
         max_length: int | None = None,
         logprobs: bool = False,
         rows: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         """See RolloutEngine."""
         limits, slots = row_limits(prompts, max_new_tokens, max_length), min(rows or self.slots, len(prompts))
-        batch = _Batch(self, prompts, limits, temperature, seed, slots)
+        batch = _Batch(self, prompts, limits, temperature, row_seeds(prompts, seed, names), slots)
         while batch.running or batch.waiting:
             yield from batch.advance(logprobs)
 
@@ -81,7 +82,7 @@ class _Batch:
         prompts: Sequence[Ids],
         limits: np.ndarray[Any, np.dtype[np.int64]],
         temperature: float,
-        seed: int,
+        seeds: Sequence[np.random.SeedSequence],
         slots: int,
     ) -> None:
         self.engine, self.model, self.prompts, self.limits = engine, engine.model, prompts, limits
@@ -90,7 +91,7 @@ class _Batch:
         self.waiting, self.running = deque(range(len(prompts))), list[int]()
         self.idle = len(prompts)
         """Slots left free so far, summed over passes: prompts are read when that has cost as much as one more pass."""
-        self.seeds = row_seeds(prompts, seed)
+        self.seeds = seeds
         self.slots = slots
         most = int(limits.max()) if slots else 0
         self.cache: slot_cache.SlotCache | None = None

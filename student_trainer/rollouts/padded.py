@@ -80,9 +80,10 @@ class PaddedEngine:
         max_length: int | None = None,
         logprobs: bool = False,
         rows: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         """See RolloutEngine."""
-        limits, seeds = row_limits(prompts, max_new_tokens, max_length), row_seeds(prompts, seed)
+        limits, seeds = row_limits(prompts, max_new_tokens, max_length), row_seeds(prompts, seed, names)
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
         size = rows or self.slots
         for first in range(0, len(order), size):

@@ -71,15 +71,16 @@ class VllmEngine:
         max_length: int | None = None,
         logprobs: bool = False,
         rows: int | None = None,
+        names: Sequence[str] | None = None,
     ) -> Iterator[tuple[int, Rollout]]:
         """See RolloutEngine; `rows` is not needed, vLLM runs what fits its memory and at most `slots`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        limits, seeds = row_limits(prompts, max_new_tokens, max_length), row_seeds(prompts, seed)
-        if not prompts:
+        limits, seeds = row_limits(prompts, max_new_tokens, max_length), row_seeds(prompts, seed, names)
+        if not prompts and distributed.world() == 1:
             return
-        engine = self._ready().llm_engine
+        engine = self._ready().llm_engine  # the processes of a training start it together
         self._logits.temperature = temperature or 1.0
         places: dict[str, int] = {}
         try:
