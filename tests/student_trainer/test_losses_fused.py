@@ -36,8 +36,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.fixture(params=["some", "all"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`some`: room for the logits of four positions, so that they are computed in chunks of four where the head is frozen,
-    and twice in blocks of five ids where it trains; `all`: room for all.
+    """`some`: room for the logits of four positions: computed in chunks of four where the head is frozen, and twice, in
+    blocks of five ids, where it trains; `all`: room for all.
     """
     monkeypatch.setattr(fused, "ONCE_BYTES", (4 if request.param == "some" else N) * 8 * V)
     monkeypatch.setattr(fused, "BLOCK_IDS", 5)
