@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 
 from protos.scores import Mode, Sampling
-from student_trainer import on_policy
 from student_trainer.config import Config
 from student_trainer.data import Example, read_examples
 from student_trainer.errors import UserError
@@ -36,6 +35,7 @@ from student_trainer.teacher_client import connect
 from student_trainer.teachers import Teacher, Teachers
 from tests.servers import ROOT
 from tests.student_trainer.conftest import STUDENT
+from tests.student_trainer.test_distributed import torchrun
 from tests.student_trainer.test_stages import assert_same_weights, settings
 
 STEP = Step(0, 0, ((0, 1, 2, 3), (4, 5, 6, 7)))
@@ -112,7 +112,8 @@ def test_at_lambda_1_a_mixture_is_the_feed_of_rollouts_bit_by_bit(world: World) 
 
 
 def test_at_lambda_0_the_student_is_asked_for_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_policy, "sample", None)
+    monkeypatch.setattr(RolloutFeed, "announce", None)
+    monkeypatch.setattr(RolloutFeed, "take", None)
     batches = taken(world.mixed(0.0))
     known = {r.ids.tobytes() for r in world.responses}
     assert len(batches) == 2
@@ -235,6 +236,29 @@ def test_a_mixture_that_goes_on_ends_with_the_weights_of_one_that_never_stopped(
         f"share of the student's own answers, lambda | `{share}`"
         in (folder / "final_policy_model" / "README.md").read_text()
     )
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_mixture_with_a_teacher_for_each_mode(
+    pair_teacher: dict[str, Any], student_as_teacher: dict[str, Any], tmp_path: Path
+) -> None:
+    routes = [
+        {"endpoint": pair_teacher["grpc"], "mode": "thinking"},
+        {"endpoint": student_as_teacher["grpc"], "mode": "non_thinking"},
+    ]
+    sections: dict[str, dict[str, Any]] = {
+        "teacher": {"endpoint": None, "routes": routes},
+        "non_policy_distillation": {"batch_size": 2, "max_steps": 1},
+        "policy_distillation": {"batch_size": 2, "lambda": 0.3, "max_staleness": 1, "max_steps": 3},
+    }
+    shown = torchrun(tmp_path, 2, None, "all", **sections)
+    assert shown.count("after stage 2") == 1
+    assert "stage 2, on-policy step 3/3: loss" in shown
+    folder = tmp_path / "outputs" / "policy_distillation"
+    stores = {path.parent.name for path in (folder / "scores").glob("*/scores-?.bin") if path.stat().st_size}
+    writers = {path.name for path in (folder / "scores").glob("*/scores-?.bin") if path.stat().st_size}
+    assert len(stores) == 2, "one for each teacher"
+    assert writers == {"scores-0.bin", "scores-1.bin"}, "each process asks for its own rows"
 
 
 def test_a_mixture_without_responses_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
