@@ -62,7 +62,13 @@ class App:
         self._hurry = asyncio.Event()
         mib = 1 << 20
         settings = ServiceSettings(
-            config.queue_tokens, config.queue_sequences, config.cache, config.cache_mib * mib, config.hidden_mib * mib
+            config.queue_tokens,
+            config.queue_sequences,
+            config.cache.enabled,
+            config.cache.memory_mib * mib,
+            Path(config.cache.folder) if config.cache.folder else None,
+            config.cache.disk_mib * mib,
+            config.hidden_mib * mib,
         )
         self.service = TeacherService(settings, Metrics())
         self._authenticator = authenticator or _authenticator(config)
@@ -82,13 +88,13 @@ class App:
         self._http = HttpServer(routes, Connections(limits, reading, self.service.metrics), tls, FLUSH_S)
         self._scheme = "https" if tls else "http"
         self._loop = asyncio.get_running_loop()
+        self._end_at = 0.0
         self._changed = asyncio.Event()
         self.left_behind = False
         """Whether a thread of an engine may still run that could not be stopped; the process must end without it."""
         self.grpc_address = ""
         """host:port once bound."""
         self.http_address = ""
-        self._end_at = 0.0
         """http://host:port once bound, or https."""
 
     def stop(self) -> None:
@@ -125,6 +131,7 @@ class App:
         finally:
             listener.close()
             await engine.close()
+            await self.service.close()
             self.left_behind |= engine.left_behind
         return 1 if engine.gave_up else 0
 
@@ -153,9 +160,13 @@ class App:
             raise StartError(f"cannot load {self._config.model}: {type(error).__name__}: {_one_line(error)}") from error
 
     async def _serve(self, engine: Supervised) -> None:
-        self.service.attach(engine)
+        try:
+            await self.service.attach(engine)
+        except OSError as error:
+            raise StartError(f"cannot keep scores in {self._config.cache.folder}: {_one_line(error)}") from error
         self._grpc.set_serving(await engine.healthy())
         log.info("ready: gRPC %s  HTTP %s", self.grpc_address, self.http_address)
+        log.info("listening on %s", ", ".join(await asyncio.to_thread(listening)))
         with self._ready_file():
             report = asyncio.create_task(self._report_health(engine))
             await self._stopping.wait()
@@ -166,21 +177,24 @@ class App:
             self.service.drain()
             log.info("draining %d calls for at most %g s", self.service.open_calls, self._config.grace_s)
             await self._drain()
-        log.info("listening on %s", ", ".join(await asyncio.to_thread(listening)))
 
     async def _drain(self) -> None:
         """Returns when every call has ended, the grace period is over, or `stop` was called again."""
+        self._end_at = self._loop.time() + self._config.grace_s
         waits = {asyncio.create_task(self.service.drained()), asyncio.create_task(self._hurry.wait())}
         await asyncio.wait(waits, timeout=self._config.grace_s, return_when=asyncio.FIRST_COMPLETED)
         for wait in waits:
             wait.cancel()
         if self.service.open_calls:
+            self._end_at = 0.0
             log.warning("giving up %d calls", self.service.open_calls)
             self.service.give_up()
 
     async def _shut(self, web: asyncio.Task[None]) -> None:
+        """Lets answers leave that are complete, for what is left of the grace period at least."""
+        seconds = FLUSH_S if self._hurry.is_set() else max(FLUSH_S, self._end_at - self._loop.time())
+        self._http.config.timeout_graceful_shutdown = int(seconds)
         self._http.should_exit = True
-        self._end_at = self._loop.time() + self._config.grace_s
         stopped: asyncio.Future[Any] = asyncio.gather(self._grpc.stop(seconds), web)
         if not self._hurry.is_set():
             hurry: asyncio.Future[Any] = asyncio.create_task(self._hurry.wait())
@@ -194,14 +208,10 @@ class App:
     def _on_state(self, state: EngineState) -> None:
         if state is EngineState.STARTING:
             self.service.metrics.engine_restarts.inc()
-            self._end_at = 0.0
         if state is EngineState.GIVEN_UP:
             self._stopping.set()
         self._changed.set()
 
-        """Lets answers leave that are complete, for what is left of the grace period at least."""
-        seconds = FLUSH_S if self._hurry.is_set() else max(FLUSH_S, self._end_at - self._loop.time())
-        self._http.config.timeout_graceful_shutdown = int(seconds)
     async def _report_health(self, engine: Supervised) -> None:
         """Keeps grpc.health.v1 equal to what /ready says, and logs where that changes without a restart."""
         before = True

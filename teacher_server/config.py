@@ -20,7 +20,7 @@ from teacher_server.backends.options import (
     Quantization,
     RestartPolicy,
 )
-from teacher_server.config_sections import LimitsConfig, TlsConfig, WatchConfig
+from teacher_server.config_sections import CacheConfig, LimitsConfig, TlsConfig, WatchConfig
 
 
 class VllmConfig(BaseModel):
@@ -53,7 +53,7 @@ class ServerConfig(BaseModel):
     model: str
     """The teacher: a folder with a checkpoint, or a hub id such as Qwen/Qwen3-235B-A22B."""
     name: str = ""
-    """Name that clients see; empty means the model's."""
+    """Name that clients see; empty means the model's, or that of its folder alone where it is a path."""
     backend: BackendName = "transformers"
     """Engine: transformers, vllm, or theoretical (answers known by theory, for tests)."""
     dtype: DtypeName = "auto"
@@ -96,10 +96,8 @@ class ServerConfig(BaseModel):
     """Tokens of admitted, unfinished work above which calls are refused with Overloaded."""
     queue_sequences: int = Field(default=16_384, ge=1)
     """Admitted, unfinished sequences and prompts above which calls are refused with Overloaded."""
-    cache: bool = True
-    """Keep scores, and let equal sequences in flight be computed once."""
-    cache_mib: int = Field(default=256, ge=0)
-    """Memory for kept scores in MiB."""
+    cache: CacheConfig = CacheConfig()
+    """Which scores are kept, for all clients."""
     hidden_mib: int = Field(default=4096, ge=1)
     """Memory for hidden states that clients have not read yet, in MiB; a call that alone needs more is refused."""
     max_message_mib: int = Field(default=64, ge=1, le=2047)

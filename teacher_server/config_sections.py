@@ -1,4 +1,4 @@
-"""Sections of the server's configuration on who may connect and how much they may send; see `config.ServerConfig`."""
+"""Sections of the server's configuration: who may connect, how much they may send, what is kept."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ class TlsConfig(Section):
         if self.client_ca_file is not None and self.cert_file is None:
             raise ValueError("tls.client_ca_file needs tls.cert_file and tls.key_file")
         return self
+
+
+class CacheConfig(Section):
+    """Which scores are kept, for all clients."""
+
+    enabled: bool = True
+    """Keep scores, and let equal sequences in flight be computed once."""
+    memory_mib: int = Field(default=1024, ge=0)
+    """Memory for kept scores in MiB."""
+    folder: str | None = None
+    """Folder on a local disk that keeps scores too, also from one start to the next; unset keeps none on a disk."""
+    disk_mib: int = Field(default=65536, ge=0)
+    """Room for scores in cache.folder in MiB; those least recently used make room for others."""
 
 
 class LimitsConfig(Section):

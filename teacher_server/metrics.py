@@ -35,6 +35,9 @@ class Metrics:
         self.cached_tokens = Counter(
             "teacher_cached_tokens", "Tokens of sequences answered from the cache.", registry=registry
         )
+        self.disk_tokens = Counter(
+            "teacher_disk_tokens", "Tokens of these whose scores were read from the disk.", registry=registry
+        )
         self.joined_tokens = Counter(
             "teacher_joined_tokens", "Tokens of sequences that joined an equal one in flight.", registry=registry
         )
@@ -52,6 +55,7 @@ class Metrics:
             "teacher_submitted_tokens", "Tokens that the engine holds now, by lane.", ["lane"], registry=registry
         )
         self.cache_bytes = Gauge("teacher_cache_bytes", "Bytes of scores in the cache.", registry=registry)
+        self.disk_bytes = Gauge("teacher_disk_bytes", "Bytes of scores on the disk.", registry=registry)
         self.hidden_bytes = Gauge(
             "teacher_hidden_bytes", "Bytes reserved for hidden states that clients have not read.", registry=registry
         )

@@ -6,14 +6,17 @@ K alternatives, C candidates, M temperatures.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from protos.errors import TeacherError, TeacherFailed
 from protos.scores import Field, ScoreRequest, Scores, ScoreSpec, Sequence
 from teacher_server.auth import Caller
 from teacher_server.backends.base import Backend
-from teacher_server.cache import Flight, Flights, Key, ScoreCache, score_key
+from teacher_server.cache import BATCH_BYTES, DiskTier, Flight, Flights, Key, ScoreCache, score_key
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
 from teacher_server.usage import UsageByClient
@@ -21,64 +24,127 @@ from teacher_server.usage import UsageByClient
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Begun:
+    """A call's sequences: (index, scores) of those in memory, indices of those on the disk, flights of the others."""
+
+    known: list[tuple[int, Scores]] = dataclasses.field(default_factory=list)
+    stored: list[int] = dataclasses.field(default_factory=list)
+    flights: dict[int, Flight] = dataclasses.field(default_factory=dict)
+
+
 class Scoring:
     """Answers sequences from the cache, from what is in flight, or from the engine in its lane's order."""
 
     def __init__(
-        self, scheduler: Scheduler, lane: Lane, metrics: Metrics, usage: UsageByClient, cache_bytes: int, share: bool
+        self,
+        scheduler: Scheduler,
+        lane: Lane,
+        metrics: Metrics,
+        usage: UsageByClient,
+        cache: ScoreCache,
+        disk: DiskTier | None,
+        share: bool,
     ) -> None:
         self._scheduler = scheduler
         self._lane = lane
         self._metrics = metrics
         self._usage = usage
         self._share = share
-        self._cache = ScoreCache(cache_bytes if share else 0)
+        self._cache = cache
+        self._disk = disk if share else None
         self._flights = Flights()
         self._serial = itertools.count()
         metrics.cache_bytes.set_function(lambda: self._cache.nbytes)
 
-    def begin(
-        self, backend: Backend, request: ScoreRequest, caller: Caller
-    ) -> tuple[list[tuple[int, Scores]], list[tuple[int, Flight]]]:
-        """(index, scores) of the sequences that are known, and (index, flight) of the others; `leave` every flight.
+    async def begin(self, backend: Backend, request: ScoreRequest, caller: Caller) -> Begun:
+        """What is known of a call's sequences, and the rest on its way; `leave` every flight.
 
-        Overloaded starts nothing. Everything happens at once, so that no other call comes in between.
+        Overloaded starts nothing. After a look at the disk everything happens at once, so that no other call comes in
+        between.
         """
-        known: list[tuple[int, Scores]] = []
-        new: dict[Key, Sequence] = {}
         keys = [self._key(backend.info.fingerprint, sequence, request.spec) for sequence in request.sequences]
+        stored: set[Key] = set()
+        if self._disk is not None and Field.HIDDEN_STATES not in request.spec.want:
+            asked = {key for key in keys if key not in self._cache and key not in self._flights}
+            stored = await self._disk.known(asked) if asked else stored
+        begun = Begun()
+        new: dict[Key, Sequence] = {}
         waiting = []
         for index, (key, sequence) in enumerate(zip(keys, request.sequences, strict=True)):
             scores = self._cache.get(key)
             if scores is not None:
-                known.append((index, scores))
-                continue
-            waiting.append(index)
-            if key not in self._flights:
-                new.setdefault(key, sequence)
-        sizes = [len(sequence.token_ids) for sequence in new.values()]
-        costs = [Cost(n, n) for n in sizes]
-        units = dict(zip(new, self._scheduler.admit(self._lane, caller.name, costs, caller.weight), strict=True))
-        flights = []
-        usage = self._usage.of(caller.name)
-        for index in waiting:
-            key, sequence = keys[index], request.sequences[index]
-            unit = units.pop(key, None)
-            if unit is None:
-                flight = self._flights.join(key)
-                self._metrics.joined_tokens.inc(len(sequence.token_ids))
-                usage.joined_tokens += len(sequence.token_ids)
-                if flight.unit is not None:
-                    self._scheduler.claim(flight.unit, caller.name, caller.weight)
+                begun.known.append((index, scores))
+            elif key in stored and key not in self._flights:
+                begun.stored.append(index)
             else:
-                flight = self._flights.start(key, self._compute(backend, unit, key, sequence, request.spec, caller))
-                flight.unit = unit
-                self._scheduler.follow(unit, flight.task)
-            flights.append((index, flight))
-        cached = sum(len(request.sequences[index].token_ids) for index, _ in known)
-        self._metrics.cached_tokens.inc(cached)
-        usage.cached_tokens += cached
-        return known, flights
+                waiting.append(index)
+                if key not in self._flights:
+                    new.setdefault(key, sequence)
+        costs = [Cost(len(sequence.token_ids), len(sequence.token_ids)) for sequence in new.values()]
+        units = dict(zip(new, self._scheduler.admit(self._lane, caller.name, costs, caller.weight), strict=True))
+        for index in waiting:
+            unit = units.pop(keys[index], None)
+            begun.flights[index] = self._fly(backend, keys[index], request, index, caller, unit)
+        self._count_known(request, [index for index, _ in begun.known], caller)
+        return begun
+
+    async def read(self, backend: Backend, request: ScoreRequest, indices: list[int]) -> dict[int, Scores]:
+        """The scores of sequences that are on the disk; those that it does not give must be computed after all."""
+        assert self._disk is not None
+        keys = {index: self._key(backend.info.fingerprint, request.sequences[index], request.spec) for index in indices}
+        found = await self._disk.read(set(keys.values()))
+        for key, scores in found.items():
+            self._cache.put(key, scores)
+        return {index: found[key] for index, key in keys.items() if key in found}
+
+    def batches(self, request: ScoreRequest, indices: list[int]) -> Iterator[list[int]]:
+        """Sequences that are on the disk, in parts whose scores take about BATCH_BYTES: a client may read slowly."""
+        batch: list[int] = []
+        size = 0
+        for index in indices:
+            sequence, spec = request.sequences[index], request.spec
+            size += 4 * sequence.positions * (1 + 2 * spec.top_k + sequence.candidates + 2 * len(spec.temperatures))
+            batch.append(index)
+            if size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def count_read(self, request: ScoreRequest, indices: list[int], caller: Caller) -> None:
+        """Counts what was read as known."""
+        self._count_known(request, indices, caller)
+        self._metrics.disk_tokens.inc(sum(len(request.sequences[index].token_ids) for index in indices))
+
+    def compute_after_all(self, backend: Backend, request: ScoreRequest, index: int, caller: Caller) -> Flight:
+        """The flight of a sequence whose score was lost while its call was in progress; it cannot be refused."""
+        key = self._key(backend.info.fingerprint, request.sequences[index], request.spec)
+        size = len(request.sequences[index].token_ids)
+        unit = None
+        if key not in self._flights:
+            unit = self._scheduler.admit_late(self._lane, caller.name, Cost(size, size), caller.weight)
+        return self._fly(backend, key, request, index, caller, unit)
+
+    def _fly(
+        self, backend: Backend, key: Key, request: ScoreRequest, index: int, caller: Caller, unit: Unit | None
+    ) -> Flight:
+        """A new flight of an admitted unit; without one, the flight that there is."""
+        sequence = request.sequences[index]
+        if unit is not None:
+            flight = self._flights.start(key, self._compute(backend, unit, key, sequence, request.spec, caller), unit)
+            self._scheduler.follow(unit, flight.task)
+            return flight
+        flight = self._flights.join(key)
+        self._metrics.joined_tokens.inc(len(sequence.token_ids))
+        self._usage.of(caller.name).joined_tokens += len(sequence.token_ids)
+        self._scheduler.claim(flight.unit, caller.name, caller.weight)
+        return flight
+
+    def _count_known(self, request: ScoreRequest, indices: list[int], caller: Caller) -> None:
+        tokens = sum(len(request.sequences[index].token_ids) for index in indices)
+        self._metrics.cached_tokens.inc(tokens)
+        self._usage.of(caller.name).cached_tokens += tokens
 
     def leave(self, flight: Flight) -> None:
         """Gives up on a flight; the last one who does cancels it."""
@@ -105,6 +171,8 @@ class Scoring:
         self._usage.of(unit.payer).scored_tokens += len(sequence.token_ids)
         if scores.hidden_states is None:  # one sequence of them would push out the scores of a thousand others
             self._cache.put(key, scores)
+            if self._disk is not None:
+                self._disk.put(key, scores)
         return scores
 
 

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from protos.errors import Unavailable
 from protos.head import Head, rows_per_message
@@ -19,6 +20,7 @@ from protos.scores import CompletionDelta, GenerateRequest, Ids, Mode, Prompt, S
 from teacher_server import checks
 from teacher_server.auth import Caller
 from teacher_server.backends.base import Backend, Room, TextCodec
+from teacher_server.cache import DiskTier, ScoreCache
 from teacher_server.calls import RETRY_S, Calls
 from teacher_server.generation import Merged, complete, tokenize
 from teacher_server.hidden import HiddenBudget
@@ -46,12 +48,14 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class ServiceSettings:
-    """How much the service takes on; see the fields of these names in ServerConfig."""
+    """How much the service takes on and keeps; see the fields of such names in ServerConfig."""
 
     queue_tokens: int = 4_000_000
     queue_sequences: int = 16_384
     cache: bool = True
-    cache_bytes: int = 256 << 20
+    cache_bytes: int = 1024 << 20
+    disk_folder: Path | None = None
+    disk_bytes: int = 64 << 30
     hidden_bytes: int = 4096 << 20
 
 
@@ -75,19 +79,27 @@ class TeacherService:
         self._calls = Calls(metrics, usage)
         self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences, clock)
         self._score_lane, self._generate_lane = Lane(0), Lane(0, yields=True)
+        cache = ScoreCache(settings.cache_bytes if settings.cache else 0)
+        self._disk: DiskTier | None = None
+        if settings.cache and settings.disk_folder is not None and settings.disk_bytes:
+            self._disk = DiskTier(settings.disk_folder, settings.disk_bytes)
         self._room, self._lengths = Room(1, 1), Lengths()
-        self._scoring = Scoring(self._scheduler, self._score_lane, metrics, usage, settings.cache_bytes, settings.cache)
+        self._scoring = Scoring(self._scheduler, self._score_lane, metrics, usage, cache, self._disk, settings.cache)
         self._hidden = HiddenBudget(settings.hidden_bytes, clock)
         self.usage = usage
         """What each client has had."""
         metrics.queue_tokens.set_function(lambda: self._scheduler.tokens)
         metrics.queue_sequences.set_function(lambda: self._scheduler.units)
+        if self._disk is not None:
+            metrics.disk_bytes.set_function(lambda: self._disk.nbytes if self._disk else 0)
         metrics.hidden_bytes.set_function(lambda: self._hidden.held)
         metrics.submitted_tokens.labels("score").set_function(lambda: self._score_lane.submitted)
         metrics.submitted_tokens.labels("generate").set_function(lambda: self._generate_lane.submitted)
 
-    def attach(self, backend: Backend) -> None:
-        """Opens for calls with a backend that has started."""
+    async def attach(self, backend: Backend) -> None:
+        """Opens for calls with a backend that has started; OSError where the disk for scores cannot be used."""
+        if self._disk is not None:
+            await self._disk.open(backend.info.fingerprint)
         self._backend = backend
         self.measure()
         self.state = State.READY
@@ -98,6 +110,16 @@ class TeacherService:
             self._room = self._backend.generation_room
             self._score_lane.capacity = 2 * self._backend.batch_tokens
             self._generate_lane.capacity = int(SLACK * self._room.tokens)
+
+    async def close(self) -> None:
+        """Writes scores to the disk that still wait for it; to be called when no call is in progress any more."""
+        if self._disk is not None:
+            await self._disk.close()
+
+    @property
+    def disk(self) -> DiskTier | None:
+        """The scores on the disk, where they are kept there."""
+        return self._disk
 
     def drain(self) -> None:
         """Refuses new calls with Unavailable from now on; those in progress go on, and `drained` waits for them."""
@@ -161,16 +183,26 @@ class TeacherService:
                 await call.within(check, "the call unchecked")
                 self._open_backend()
             with self._hidden.hold(request, backend.info, caller) as hold:
-                known, waiting = self._scoring.begin(backend, request, caller)
-                flights, landed = dict(waiting), Landed()
-                del waiting
+                total, landed = len(request.sequences), Landed()
+                begun = await call.within(self._scoring.begin(backend, request, caller), "nothing begun")
+                flights = begun.flights
                 try:
                     for index, flight in flights.items():
                         flight.task.add_done_callback(functools.partial(_land, landed, index))
-                    for index, scores in known:
+                    for index, scores in begun.known:
                         yield index, scores
+                    for batch in self._scoring.batches(request, begun.stored):
+                        reading = self._scoring.read(backend, request, batch)
+                        found = await call.within(reading, f"{total} sequences not all read")
+                        self._scoring.count_read(request, list(found), caller)
+                        for index in batch:
+                            if index in found:
+                                yield index, found.pop(index)
+                            else:
+                                flights[index] = self._scoring.compute_after_all(backend, request, index, caller)
+                                flights[index].task.add_done_callback(functools.partial(_land, landed, index))
                     while flights:
-                        missing = f"{len(flights)} of {len(request.sequences)} sequences unanswered"
+                        missing = f"{len(flights)} of {total} sequences unanswered"
                         index, task = await call.within(landed.get(), missing)
                         # What has been handed over is let go of: hidden states are large.
                         self._scoring.leave(flights.pop(index))

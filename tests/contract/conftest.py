@@ -17,7 +17,7 @@ from tests.tiny_qwen3 import make
 @pytest.fixture(scope="session")
 def theoretical_server() -> Iterator[Server]:
     """A server whose answers are known, without a cache, so that each call computes."""
-    with serving(theory(), cache=False) as server:
+    with serving(theory(), cache={"enabled": False}) as server:
         yield server
 
 
@@ -26,7 +26,7 @@ def transformers_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     """A server with a random tiny Qwen3 behind the transformers backend, without a cache."""
     folder = make(Path(tmp_path_factory.mktemp("qwen3")))
     options = BackendOptions(model=str(folder), dtype="float32", device="cpu", batch_tokens=1024)
-    with serving(lambda: make_backend(options), cache=False) as server:
+    with serving(lambda: make_backend(options), cache={"enabled": False}) as server:
         yield server
 
 
@@ -36,7 +36,7 @@ def vllm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     from tests.teacher_server.backends.vllm.conftest import options
 
     folder = make(Path(tmp_path_factory.mktemp("qwen3_vllm")))
-    with serving(lambda: make_backend(options(folder, batch_tokens=1024)), cache=False) as server:
+    with serving(lambda: make_backend(options(folder, batch_tokens=1024)), cache={"enabled": False}) as server:
         yield server
 
 

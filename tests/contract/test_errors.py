@@ -285,7 +285,7 @@ def test_an_error_after_the_stream_began_is_an_error_of_the_tree(small_server: S
 
 
 def test_a_full_queue_is_overloaded_with_a_delay(make_wire: Callable[..., Wire]) -> None:
-    with serving(theory(Behaviour(hanging_id=HANGING)), queue_tokens=100, cache=False) as server:
+    with serving(theory(Behaviour(hanging_id=HANGING)), queue_tokens=100, cache={"enabled": False}) as server:
         import threading
 
         blocked = make_wire(server, timeout=30)

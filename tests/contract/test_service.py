@@ -148,7 +148,7 @@ def test_one_who_leaves_does_not_cancel_the_others() -> None:
 
 def test_clients_are_served_in_turn_whoever_asked_for_most() -> None:
     """One client asks for 60 sequences, then another for 3: the second does not wait for the first's end."""
-    with serving(theory(Behaviour(tokens_per_second=2000), batch_tokens=20), cache=False) as server:
+    with serving(theory(Behaviour(tokens_per_second=2000), batch_tokens=20), cache={"enabled": False}) as server:
         greedy = GrpcWire(server.grpc, server.http, client="greedy")
         modest = HttpWire(server.grpc, server.http, client="modest")
         many = ScoreRequest(tuple(Sequence(np.full(20, i % 250)) for i in range(60)))
@@ -164,7 +164,7 @@ def test_clients_are_served_in_turn_whoever_asked_for_most() -> None:
 
 
 def test_the_engine_holds_two_batches_and_no_more() -> None:
-    with serving(theory(Behaviour(tokens_per_second=250), batch_tokens=30), cache=False) as server:
+    with serving(theory(Behaviour(tokens_per_second=250), batch_tokens=30), cache={"enabled": False}) as server:
         wire = GrpcWire(server.grpc, server.http)
         many = ScoreRequest(tuple(Sequence(np.full(20, i)) for i in range(20)))
         thread = threading.Thread(target=wire.score, args=(many,))

@@ -9,6 +9,7 @@ import pytest
 
 from protos.scores import Field, Scores, ScoreSpec, Sequence
 from teacher_server.cache import Flights, ScoreCache, score_key
+from teacher_server.scheduling import Cost, Lane, Scheduler
 
 BASE = ("fingerprint", Sequence([1, 2, 3], 1, [[4, 5], [6, 7]]), ScoreSpec(2, (1.0, 2.0)))
 
@@ -93,7 +94,9 @@ def test_only_the_last_waiter_cancels_a_flight() -> None:
             await asyncio.sleep(60)
             return scores(1)
 
-        flight = flights.start(b"k", work())
+        scheduler, lane = Scheduler(100, 100), Lane(100)
+        (unit,) = scheduler.admit(lane, "a", [Cost(1, 1)])
+        flight = flights.start(b"k", work(), unit)
         assert b"k" in flights
         assert flights.join(b"k") is flight
         await begun.wait()
@@ -102,7 +105,7 @@ def test_only_the_last_waiter_cancels_a_flight() -> None:
         assert not flight.task.done()
         flights.leave(flight)
         assert b"k" not in flights, "nobody joins what is being cancelled"
-        other = flights.start(b"k", work())
+        other = flights.start(b"k", work(), unit)
         await asyncio.sleep(0.01)
         assert flight.task.cancelled()
         assert b"k" in flights, "the end of the old flight does not remove the new one"

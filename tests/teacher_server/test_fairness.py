@@ -120,7 +120,7 @@ def watch(clients: list[Client], seconds: float, settings: ServiceSettings | Non
         )
         await backend.start()
         service = TeacherService(settings or ServiceSettings(), Metrics(), clock=loop.time)
-        service.attach(backend)
+        await service.attach(backend)
         tasks = [asyncio.create_task(worker(service, c)) for c in clients for _ in range(c.in_flight)]
         done, _ = await asyncio.wait(tasks, timeout=WARM_S + seconds, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:

@@ -97,12 +97,12 @@ def test_what_kubernetes_says_about_a_service_named_teacher_is_not_a_setting() -
 
 
 def test_what_dry_run_prints_is_a_file_that_gives_the_same_settings(tmp_path: Path) -> None:
-    config, dry_run = load(["--model", "m", "--no-cache", "--grace-s", "1.5", "--dry-run"], {})
+    config, dry_run = load(["--model", "m", "--no-cache-enabled", "--grace-s", "1.5", "--dry-run"], {})
     assert dry_run
     file = tmp_path / "server.yaml"
     file.write_text(render(config))
     assert load(["--config", str(file)], {})[0] == config
-    assert not config.cache
+    assert not config.cache.enabled
 
 
 def test_the_settings_are_frozen_and_every_one_is_explained() -> None:

@@ -32,7 +32,7 @@ def arguments(folder: Path) -> list[str]:
     engine = json.dumps(ENGINE | {"distributed_executor_backend": "mp"})
     return [
         *("--backend", "vllm", "--model", str(folder), "--dtype", "float32", "--batch-tokens", str(BATCH_TOKENS)),
-        *("--vllm-engine-args", engine, "--no-cache", "--restart-backoff-s", "0"),
+        *("--vllm-engine-args", engine, "--no-cache-enabled", "--restart-backoff-s", "0"),
     ]
 
 
