@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,23 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ) -> N
     elif way == "deepspeed":
         environment["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"
         environment["ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL"] = "true"
+
+
+@contextmanager
+def no_traces() -> Iterator[None]:
+    """Takes back what accelerate and transformers note for the whole process while they train: else the next stage
+    would look like one that `accelerate launch` configured, and its student be loaded in shards.
+    """
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    before = set(os.environ)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        for name in set(os.environ) - before:
+            if name.startswith(("ACCELERATE_", "FSDP_")):
+                del os.environ[name]
 
 
 def chosen(training: Training) -> Way:

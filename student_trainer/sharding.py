@@ -99,6 +99,14 @@ class ShardingTrainer(Trainer):  # type: ignore[misc]
             # accelerate would sum gradients, and give back the loss, in the narrow type.
             plugin.mixed_precision_policy = type(policy)(param_dtype=policy.param_dtype, reduce_dtype=torch.float32)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Tied weights, which FSDP gathers once for each of their names, are one tensor again and written once."""
+        tied = getattr(causal_model(self.model), "all_tied_weights_keys", None) or {}
+        for name, same in tied.items():
+            if state_dict and name in state_dict and same in state_dict:
+                state_dict[name] = state_dict[same]
+        super()._save(output_dir, state_dict)
+
     def _shard_on_cpu(self, state: Any) -> None:
         """accelerate takes FSDP for GPUs alone, although FSDP2 works over gloo."""
         from accelerate import PartialState

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from . import distributed, packing, parallel, reporting
 from .checkpoints import Layout, prepare, read_about
@@ -157,6 +156,7 @@ def warn_of_rounding(model: Any, learning_rate: float) -> None:
             )
 
 
+@parallel.no_traces()
 def train(
     session: Session,
     layout: Layout,
@@ -227,7 +227,6 @@ def train(
             raise trainer.save_and_stop(stop) from None
         finally:
             progress.close()
-            unset_hf_deepspeed_config()  # else the next student would be loaded in shards
     log.info("%s: %d steps in %.0f s", label, trainer.state.global_step, time.monotonic() - started)
     last = trainer.last_measurement.values if trainer.last_measurement else {}
     if distributed.on_main(lambda: not layout.best_model.is_dir()):
