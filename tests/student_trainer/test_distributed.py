@@ -7,23 +7,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from student_trainer import distributed
 from tests.servers import ROOT, environment
 from tests.student_trainer.test_stages import settings
-
-SGD = {
-    "max_grad_norm": 0.0,
-    "extra": {"optim": "sgd"},
-    "lr_scheduler_type": "constant",
-    "warmup_ratio": 0.0,
-    "save_steps": 2,
-}
 
 
 def torchrun(folder: Path, processes: int, endpoint: str | None, stage: str, **sections: dict[str, Any]) -> str:
@@ -49,16 +45,64 @@ def test_alone_every_function_is_the_plain_one() -> None:
     distributed.stop()
 
 
+@dataclass(frozen=True)
+class Curves:
+    """What both stages of a run logged and measured, and the tokens that the teacher was asked to score for it."""
+
+    lines: list[dict[str, float]]
+    tokens: float
+    outputs: Path
+
+
+def curves(folder: Path, processes: int, teacher: dict[str, Any], **training: Any) -> Curves:
+    """A run of both stages with 8 sequences a step, whatever the number of processes."""
+    stage = {"batch_size": 4 // processes, "gradient_accumulation_steps": 2, "max_steps": 3, "num_epochs": 1}
+    before = asked(teacher)
+    sections = {"non_policy_distillation": stage, "policy_distillation": stage | {"max_steps": 2}}
+    torchrun(folder, processes, teacher["grpc"], "all", training={"save_steps": 2} | training, **sections)
+    outputs = folder / "outputs"
+    files = [outputs / f"{name}_distillation" / "metrics.jsonl" for name in ("non_policy", "policy")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    return Curves([line for line in lines if "loss" in line or "eval_loss" in line], asked(teacher) - before, outputs)
+
+
+def asked(teacher: dict[str, Any]) -> float:
+    """Tokens of sequences that the teacher was ever asked to score, whether it knew their scores already or not."""
+    text = httpx.get(f"{teacher['http']}/metrics").text
+    found = re.findall(r"^teacher_(?:scored|cached|joined)_tokens_total (\S+)$", text, re.MULTILINE)
+    assert len(found) == 3
+    return sum(map(float, found))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, pair_teacher: dict[str, Any]) -> Curves:
+    """The run of one process."""
+    return curves(tmp_path_factory.mktemp("alone"), 1, pair_teacher)
+
+
+NUMBERS = ("loss", "soft_loss", "forward_kl", "reverse_kl", "grad_norm", "eval_loss", "eval_forward_kl")
+
+
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one(tmp_path: Path, pair_teacher: dict[str, Any]) -> None:
-    stage = {"gradient_accumulation_steps": 2, "learning_rate": 0.1, "max_steps": 3}
-    one = {"training": SGD, "non_policy_distillation": stage | {"batch_size": 4}}
-    two = {"training": SGD, "non_policy_distillation": stage | {"batch_size": 2}}
-    torchrun(tmp_path / "one", 1, pair_teacher["grpc"], "non_policy", **one)
-    torchrun(tmp_path / "two", 2, pair_teacher["grpc"], "non_policy", **two)
-    inside = Path("outputs") / "non_policy_distillation" / "final_model" / "model.safetensors"
-    first, second = (load_file(tmp_path / name / inside) for name in ("one", "two"))
-    assert max(float((first[n] - second[n]).abs().max()) for n in first) < 1e-6
+@pytest.mark.parametrize("way", ["ddp", "fsdp", "deepspeed"])
+def test_two_processes_give_the_curve_of_one_in_both_stages(
+    way: str, alone: Curves, tmp_path: Path, pair_teacher: dict[str, Any]
+) -> None:
+    if way == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra deepspeed)")
+    both = curves(tmp_path, 2, pair_teacher, parallel=way)
+    assert len(both.lines) == len(alone.lines) >= 7
+    for one, other in zip(alone.lines, both.lines, strict=True):
+        for name in NUMBERS:
+            if name in one:
+                assert other[name] == pytest.approx(one[name], abs=1e-5, rel=1e-5), (name, one, other)
+    assert both.tokens == alone.tokens, "each process asks the teacher for its own rows alone"
+    for folder in ("non_policy_distillation/best_model", "policy_distillation/policy_checkpoint-2"):
+        first, second = (load_file(o / folder / "model.safetensors") for o in (alone.outputs, both.outputs))
+        assert first.keys() == second.keys()
+        assert max(float((first[n] - second[n]).abs().max()) for n in first) < 1e-4
+        model = AutoModelForCausalLM.from_pretrained(both.outputs / folder)
+        assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
 
 
 @pytest.mark.slow
