@@ -29,7 +29,7 @@ class RestartPolicy:
 class BackendOptions:
     """The choices that `factory.make_backend` takes; None leaves a number to the model and the defaults.
 
-    `model` is a folder or a hub id, `name` what GetTeacher calls it ("" is `model`). `dtype` "auto" is the
+    `model` is a folder or a hub id, `name` what GetTeacher calls it ("": see `served_name`). `dtype` "auto" is the
     checkpoint's own on a GPU and float32 on a CPU. `batch_tokens` bounds the tokens of one scoring step and, times
     four, the tokens whose keys and values generation may keep. `vllm_engine_args` pass through to vLLM's engine.
     """
@@ -62,5 +62,7 @@ class BackendOptions:
 
     @property
     def served_name(self) -> str:
-        """The name that GetTeacher reports."""
-        return self.name or self.model
+        """The name that GetTeacher reports: that of a folder, where the model is a path, and not where it lies."""
+        if self.name or not self.model.startswith(("/", ".", "~")):
+            return self.name or self.model
+        return self.model.rstrip("/").rsplit("/", 1)[-1]

@@ -72,16 +72,24 @@ def framework_reason(status: int) -> str:
 
 
 def explain(faults: list[Any], known: Iterable[str] = ()) -> str:
-    """pydantic's faults in one line: where, what, and what was given; `known` names are offered for unknown ones."""
-    lines = []
+    """pydantic's faults in one line: where, what, and what was given; `known` names are offered for unknown ones.
+
+    Where `known` is given, places are made of these names and of numbers alone: pydantic puts names of our classes in.
+    """
+    known, lines = set(known), []
     for fault in faults[:SHOWN]:
-        where = ".".join(str(part) for part in fault["loc"] if part != "body") or "body"
+        path = [part for part in fault["loc"] if part != "body"]
+        last = path[-1:] if fault["type"] == "extra_forbidden" else []
+        if known:
+            path = [part for part in path[: len(path) - len(last)] if isinstance(part, int) or part in known] + last
+        where = ".".join(map(str, path)) or "body"
         if fault["type"] == "extra_forbidden":
             close = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.5)
             lines.append(f"unknown member {where}" + (f", did you mean {close[0]}" if close else ""))
             continue
         given = "" if fault["type"] in ("missing", "value_error", "json_invalid") else f", got {short(fault['input'])}"
-        lines.append(f"{where}: {str(fault['msg']).removeprefix('Value error, ')}{given}")
+        what = "Input should be an object" if fault["type"] in ("model_type", "dict_type") else str(fault["msg"])
+        lines.append(f"{where}: {what.removeprefix('Value error, ')}{given}")
     return "; ".join(lines) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
 
 
