@@ -29,7 +29,7 @@ def cell(text: str) -> str:
 def type_name(annotation: Any) -> str:
     """How a field's type reads in a table."""
     text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    text = re.sub(r"(typing\.|student_trainer\.config\.|annotated_types\.|pathlib\.)", "", text)
+    text = re.sub(r"(typing\.|student_trainer\.teacher_section\.|annotated_types\.|pathlib\.)", "", text)
     text = re.sub(r"Annotated\[(\w+), .*\]", r"\1", text)
     return text.replace("Literal", "").replace("NoneType", "none").replace("None", "none")
 

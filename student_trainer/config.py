@@ -1,4 +1,4 @@
-"""The trainer's configuration: one frozen model, one section for each part of a run.
+"""The trainer's configuration: one frozen model, one section for each part of a run (teacher_section.py has one).
 
 The defaults distil Qwen3-235B-A22B into Qwen3-8B. Relative paths are relative to the current directory. It knows
 neither files, environment nor command line (see settings.py), and imports neither torch nor transformers. The text
@@ -9,40 +9,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import Field, model_validator
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Distribution = Literal["top_k", "full"]
-MaxSteps = Annotated[int, Field(ge=-1)]
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, no unknown keys, documented fields."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        coerce_numbers_to_str=True,
-        serialize_by_alias=True,
-    )
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_values_as_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation in (int, float):
-            raise ValueError(f"a number is expected, got {str(value).lower()}")
-        return value
-
-
-def keys(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a section by the keys that users write."""
-    return {field.alias or name: field for name, field in model.model_fields.items()}
+from student_trainer.section import (
+    Distribution,
+    MaxSteps,
+    PositiveInt,
+    Probability,
+    Rate,
+    Section,
+    Temperature,
+    Weight,
+)
+from student_trainer.teacher_section import Teacher
 
 
 class Models(Section):
@@ -339,85 +318,6 @@ class Evaluation(Section):
     """Sample outputs that are shown for each mode."""
     every_epochs: Annotated[int, Field(ge=0)] = 1
     """Epochs between two measurements; 0 measures only at the beginning and the end of each stage."""
-
-
-def _addresses(value: str | list[str] | None) -> str | list[str] | None:
-    if value is not None and (not value or not all([value] if isinstance(value, str) else value)):
-        raise ValueError("an address is empty; use host:port, a list of these, or null for the embedded teacher")
-    return value
-
-
-class TeacherRoute(Section):
-    """A teacher for some of the examples."""
-
-    endpoint: Annotated[str | list[str], AfterValidator(_addresses)]
-    """Address of its server, or a list for replicas of it, as teacher.endpoint."""
-    mode: Literal["thinking", "non_thinking"] | None = None
-    """The mode that it is for; null is either."""
-    domain: str | None = None
-    """The domain that it is for, as data.domain_column has it; null is any."""
-    fingerprint: str | None = None
-    """Fingerprint that it must have; null takes whichever answers first and stays with it."""
-
-    @model_validator(mode="after")
-    def _some_scope(self) -> TeacherRoute:
-        if self.mode is None and self.domain is None:
-            raise ValueError("a route needs a mode, a domain or both; the teacher of all others is teacher.endpoint")
-        return self
-
-
-class Teacher(Section):
-    """Where the teachers are, and how they are called."""
-
-    endpoint: Annotated[str | list[str] | None, AfterValidator(_addresses)] = None
-    """Address of a teacher server: host:port or grpc://host:port for gRPC, http://host:port for HTTP, grpcs:// and
-    https:// for these with TLS, a list for replicas of one teacher; null starts models.teacher_model as a process of
-    this run, unless there are routes."""
-    routes: list[TeacherRoute] = Field(default_factory=list)
-    """Further teachers, for a mode, a domain or both of them: a list of {endpoint, mode, domain, fingerprint}. The most
-    specific route wins: domain and mode, then domain, then mode, then teacher.endpoint for whatever has no route. All
-    share the student's tokenizer. A run with several teachers needs distribution top_k."""
-    fingerprint: str | None = None
-    """Fingerprint that the teacher of `endpoint` must have; null takes whichever answers first and stays with it."""
-    api_key_file: str = ""
-    """File that holds the key for the teachers and nothing else; read again when it changes. The key itself is in no
-    setting, because settings are logged and kept with checkpoints."""
-    ca_file: str = ""
-    """File with the authorities of the teachers' certificates, for grpcs:// and https://; empty takes the system's."""
-    client_cert_file: str = ""
-    """File with this trainer's certificate, where teachers want one (mutual TLS)."""
-    client_key_file: str = ""
-    """File with the private key of client_cert_file."""
-    timeout_s: Annotated[float, Field(gt=0)] = 600
-    """Seconds after which one call is given up."""
-    patience: Annotated[float, Field(ge=0)] = 1800
-    """Seconds for which a teacher that is down, loading or overloaded is waited for."""
-    max_in_flight: PositiveInt = 4
-    """Calls under way at the same time."""
-    cache_dir: str | None = None
-    """Folder that keeps the teacher's LM head between runs, where distribution is full; null takes
-    $XDG_CACHE_HOME/strong2weak or ~/.cache/strong2weak."""
-    server_args: list[str] = Field(default_factory=list)
-    """Further command-line arguments of the server that the trainer starts itself."""
-
-    @model_validator(mode="after")
-    def _certificate_and_key(self) -> Teacher:
-        if bool(self.client_cert_file) != bool(self.client_key_file):
-            raise ValueError("client_cert_file and client_key_file belong together; give both or none")
-        return self
-
-    @field_validator("routes")
-    @classmethod
-    def _one_for_each(cls, routes: list[TeacherRoute]) -> list[TeacherRoute]:
-        seen: set[tuple[str | None, str | None]] = set()
-        for route in routes:
-            if (route.mode, route.domain) in seen:
-                raise ValueError(
-                    f"two routes are for mode {route.mode or 'any'} and domain {route.domain or 'any'}; keep one of "
-                    "them, or give it both addresses as replicas: endpoint [a, b]"
-                )
-            seen.add((route.mode, route.domain))
-        return routes
 
 
 class Config(Section):

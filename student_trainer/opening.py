@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Place:
     scope: Scope
     endpoint: str | list[str] | None
     fingerprint: str | None
+    api_key_file: str
     modes: frozenset[Mode]
 
 
@@ -49,13 +50,22 @@ def places(config: Config, stage: str, domains: Collection[str | None]) -> list[
     A route that no example needs is left out, with a line.
     """
     teacher = config.teacher
-    found: list[tuple[str, Scope, str | list[str] | None, str | None]] = [
-        (f"teacher.routes.{i}", Scope(Mode(r.mode) if r.mode else None, r.domain), r.endpoint, r.fingerprint)
+    none: frozenset[Mode] = frozenset()
+    found = [
+        Place(
+            f"teacher.routes.{i}",
+            Scope(Mode(r.mode) if r.mode else None, r.domain),
+            r.endpoint,
+            r.fingerprint,
+            teacher.api_key_file if r.api_key_file is None else r.api_key_file,
+            none,
+        )
         for i, r in enumerate(teacher.routes)
     ]
     if teacher.endpoint is not None or not teacher.routes:
-        found.append(("teacher.endpoint", Scope(), teacher.endpoint, teacher.fingerprint))
-    scopes, needed = [scope for _, scope, _, _ in found], handshake.needed_modes(config, stage)
+        main = Place("teacher.endpoint", Scope(), teacher.endpoint, teacher.fingerprint, teacher.api_key_file, none)
+        found.append(main)
+    scopes, needed = [place.scope for place in found], handshake.needed_modes(config, stage)
     modes: list[set[Mode]] = [set() for _ in found]
     missing = []
     for mode, domain in product(Mode, sorted(domains, key=lambda d: d or "")):
@@ -66,12 +76,12 @@ def places(config: Config, stage: str, domains: Collection[str | None]) -> list[
             missing.append((mode, domain))
     if missing:
         raise nobody(missing)
-    for (key, scope, _, _), used in zip(found, modes, strict=True):
+    for place, used in zip(found, modes, strict=True):
         if not used:
             there = ", ".join(sorted(d for d in domains if d is not None)) or "none"
             text = "%s (%s) is no example's teacher and is not asked; the data's domains are: %s"
-            log.warning(text, key, scope, there)
-    return [Place(*place, frozenset(used)) for place, used in zip(found, modes, strict=True) if used]
+            log.warning(text, place.key, place.scope, there)
+    return [replace(place, modes=frozenset(used)) for place, used in zip(found, modes, strict=True) if used]
 
 
 def open_teachers(
@@ -117,7 +127,7 @@ def _open(
     if address is None:  # only rank 0 runs the function, so only rank 0 owns the server; the others get its address
         address = distributed.on_main(start_one)
     label = f"{place.key} ({place.scope})" if count > 1 else ""
-    client = _connect(config, address, label, on_wait, place.endpoint is None)
+    client = _connect(config, place, address, label, on_wait)
     stack.callback(client.close)
     info = client.teacher()
     who = f", for {place.scope}" if count > 1 else ""
@@ -130,12 +140,13 @@ def _open(
 
 
 def _connect(
-    config: Config, address: str | list[str], label: str, on_wait: Callable[[str], None], own: bool
+    config: Config, place: Place, address: str | list[str], label: str, on_wait: Callable[[str], None]
 ) -> TeacherClient:
-    """A client; a teacher that this run started itself (`own`) listens on loopback and knows no key."""
-    files = ("api_key_file", "ca_file", "client_cert_file", "client_key_file")
+    """A client; a teacher that this run started itself listens on loopback and knows no key."""
+    files = {name: getattr(config.teacher, name) for name in ("ca_file", "client_cert_file", "client_key_file")}
     try:
-        credentials = None if own else Credentials(**{name: getattr(config.teacher, name) for name in files})
+        own = place.endpoint is None
+        credentials = None if own else Credentials(api_key_file=place.api_key_file, **files)
         return connect(
             address,
             timeout_s=config.teacher.timeout_s,
@@ -146,7 +157,7 @@ def _connect(
             credentials=credentials,
         )
     except ValueError as error:
-        raise UserError(str(error), "teacher") from error
+        raise UserError(str(error), label or "teacher") from error
     except errors.TeacherError as error:
         if not label:
             raise

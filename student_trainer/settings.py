@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from student_trainer.config import Config, keys
+from student_trainer.config import Config
 from student_trainer.errors import UserError, one_line
+from student_trainer.section import keys
 
 ENV_PREFIX = "STRONG2WEAK_"
 DEFAULT_FILE = Path("config/distillation_config.yaml")

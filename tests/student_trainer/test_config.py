@@ -9,9 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from student_trainer.config import Config, TeacherRoute
+from student_trainer.config import Config
 from student_trainer.errors import UserError
 from student_trainer.settings import _all_keys, create_config, load_config, to_yaml
+from student_trainer.teacher_section import TeacherRoute
 
 ROOT = Path(__file__).resolve().parents[2]
 

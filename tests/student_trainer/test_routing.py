@@ -33,7 +33,8 @@ from student_trainer.run import run
 from student_trainer.stage import training_device
 from student_trainer.teacher_client import connect
 from student_trainer.teachers import Teachers
-from tests.servers import ROOT
+from teacher_server.keys import make_key, write
+from tests.servers import ROOT, serving, theory
 from tests.student_trainer.conftest import STUDENT
 from tests.student_trainer.live import ScriptedTeacher, over_grpc, theoretical_teacher
 from tests.student_trainer.test_stages import assert_same_weights, settings
@@ -183,6 +184,21 @@ def test_a_teacher_that_is_not_there_is_named_by_its_route(addresses: tuple[str,
     assert (explain(caught.value) or "").startswith("teacher: teacher.routes.1 (non_thinking): ")
 
 
+def test_a_route_may_have_a_key_of_its_own(addresses: tuple[str, str], tmp_path: Path) -> None:
+    key, stored = make_key("trainer")
+    write(tmp_path / "keys.json", [stored])
+    (tmp_path / "key").write_text(key)
+    (tmp_path / "other").write_text(make_key("other")[0])
+    shared = {"endpoint": addresses[0], "patience": 0, "api_key_file": str(tmp_path / "other")}
+    with serving(theory(), key=key, keys_file=str(tmp_path / "keys.json")) as server, ExitStack() as stack:
+        route = {"endpoint": server.grpc, "mode": "thinking"}
+        with pytest.raises(errors.Unauthenticated, match=r"teacher\.routes\.0 \(thinking\): "):
+            open_them(settings(tmp_path, "unused:1", teacher={**shared, "routes": [route]}), stack)
+        own = {**route, "api_key_file": str(tmp_path / "key")}
+        with pytest.raises(UserError, match=r"at teacher\.routes\.0 \(thinking\): its vocabulary has"):
+            open_them(settings(tmp_path, "unused:1", teacher={**shared, "routes": [own]}), stack)
+
+
 def test_a_fingerprint_is_expected_route_by_route(addresses: tuple[str, str], tmp_path: Path) -> None:
     config = by_mode(tmp_path, *addresses)
     routes = [r.model_dump() for r in config.teacher.routes]
@@ -221,7 +237,8 @@ def test_several_teachers_cannot_give_whole_distributions(addresses: tuple[str, 
 
 
 def test_teachers_that_normalise_over_other_sizes_are_refused_naming_both(both: Teachers) -> None:
-    wanted = [opening.Place(f"teacher.routes.{i}", t.scope, "a:1", None, frozenset()) for i, t in enumerate(both.all)]
+    none: frozenset[Mode] = frozenset()
+    wanted = [opening.Place(f"teacher.routes.{i}", t.scope, "a:1", None, "", none) for i, t in enumerate(both.all)]
     infos = [both.all[0].info, replace(both.all[1].info, normalized_size=9)]
     with pytest.raises(UserError, match=r"routes\.1 normalises over 9 logits, .* at teacher\.routes\.0 over \d+"):
         opening._check_together(wanted, infos)
