@@ -123,6 +123,7 @@ def test_code_of_a_checkpoint_runs_at_the_operators_word_alone() -> None:
                 assert not isinstance(node.value, ast.Constant), path
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_brings_code_does_not_load(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     marker = tmp_path / "it ran"

@@ -26,6 +26,7 @@ from tests.contract.wires import WIRES, GrpcWire, HttpWire, Wire
 from tests.servers import Server, process, serving, wait_for
 from tests.tiny_qwen3 import make
 
+pytestmark = pytest.mark.slow
 LONG = 2000
 PROTOBUF = {"content-type": "application/x-protobuf"}
 

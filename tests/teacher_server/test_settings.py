@@ -122,6 +122,47 @@ def test_an_address_that_others_reach_is_refused_unless_the_operator_says_so(hos
     assert load(["--model", "m", "--host", host, "--allow-insecure-bind"], {})[0].host == host
 
 
+def test_keys_without_tls_are_not_served_to_other_machines_unless_the_operator_says_so() -> None:
+    line = ["--model", "m", "--host", "0.0.0.0", "--keys-file", "keys.json"]
+    with pytest.raises(ConfigError) as caught:
+        load(line, {})
+    message = str(caught.value)
+    assert message.startswith(
+        "host 0.0.0.0 can be reached from other machines, and without TLS anyone on the way reads"
+    )
+    for way in (
+        ["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem"],
+        ["--tls-ends-in-front"],
+        ["--allow-insecure-bind"],
+    ):
+        assert way[0] in message
+        assert load([*line, *way], {})[0].host == "0.0.0.0"
+    with pytest.raises(ConfigError, match="without keys anyone"):
+        load(["--model", "m", "--host", "0.0.0.0", "--tls-cert-file", "c", "--tls-key-file", "k"], {})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tls-cert-file", "c"], "tls.key_file is missing; TLS needs the certificate and its key"),
+        (["--tls-key-file", "k"], "tls.cert_file is missing"),
+        (["--tls-client-ca-file", "c"], "tls.client_ca_file needs tls.cert_file and tls.key_file"),
+        (["--limits-top-k", "0"], "limits.top_k (command line): "),
+        (["--watch-step-s", "0"], "watch.step_s (command line): "),
+    ],
+)
+def test_sections_that_cannot_be_used_are_refused_in_one_line(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(["--model", "m", *arguments], {})
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_limits_reach_the_engine() -> None:
+    options = load(["--model", "m", "--limits-top-k", "7", "--limits-sequences", "9"], {})[0].backend_options()
+    assert (options.max_top_k, options.max_sequences, options.max_candidates) == (7, 9, 1024)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])
 def test_loopback_needs_no_permission(host: str) -> None:
     assert is_loopback(host)

@@ -134,6 +134,7 @@ def test_a_start_that_takes_too_long_is_refused_and_a_later_one_ends_the_server(
     asyncio.run(main())
 
 
+@pytest.mark.slow
 def test_a_thread_that_hangs_in_the_model_is_seen(
     saved: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
