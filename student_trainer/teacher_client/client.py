@@ -22,8 +22,10 @@ from protos.scores import Sequence as TokenSequence
 from student_trainer.teacher_client import heads, splitting
 from student_trainer.teacher_client.credentials import Credentials
 from student_trainer.teacher_client.generation import PieceCollector
+from student_trainer.teacher_client.names import Name, Resolve, is_name, resolve
 from student_trainer.teacher_client.replicas import Replicas
 from student_trainer.teacher_client.transport import Transport, open_transport
+from student_trainer.teacher_client.watch import Watch, first_answer
 
 
 def connect(
@@ -35,8 +37,12 @@ def connect(
     name: str = "",
     on_wait: Callable[[str], None] | None = None,
     credentials: Credentials | None = None,
+    resolve: Resolve = resolve,
 ) -> TeacherClient:
     """A client of the teacher at `host:port`, `grpc://host:port` or `http://host:port`, or of replicas of one teacher.
+
+    Replicas are a list of addresses, or one `dns://name:port` (gRPC) or `dns+http://name:port` each of whose addresses
+    is one, looked up by `resolve` now and again. They must be one teacher: TeacherMismatch names those that are not.
 
     Asks the teacher who it is and remembers its fingerprint. `timeout_s` is the time of one attempt, `patience_s` how
     long a teacher that is down, loading or overloaded is waited for, `max_in_flight` the number of calls at the same
@@ -46,7 +52,9 @@ def connect(
     that is none.
     """
     addresses = [address] if isinstance(address, str) else list(address)
-    replicas = Replicas([open_transport(a, name, credentials) for a in addresses], patience_s, on_wait)
+    names = [Name(a, name, credentials, resolve) for a in addresses if is_name(a)]
+    transports = [open_transport(a, name, credentials) for a in addresses if not is_name(a)]
+    replicas = Replicas(transports, patience_s, on_wait, names)
     client = TeacherClient(replicas, timeout_s=timeout_s, max_in_flight=max_in_flight)
     try:
         client.teacher()
@@ -69,6 +77,7 @@ class TeacherClient:
         self._replicas = replicas
         self._timeout_s = timeout_s
         self._info: TeacherInfo | None = None
+        self._watch: Watch | None = None
         self._head: Head | None = None
         self._lock = threading.Lock()
         self._head_lock = threading.Lock()
@@ -78,8 +87,12 @@ class TeacherClient:
         """Who the teacher is, as it said first; `refresh` asks again (TeacherMismatch if it is another one now)."""
         with self._lock:
             if self._info is None or refresh:
+                if self._info is None:
+                    self._info = first_answer(self._replicas, self._timeout_s)
+                    self._watch = Watch(self._replicas)
+                    return self._info
                 info = self._replicas.call(0, lambda transport: transport.teacher(self._timeout_s))
-                if self._info is not None and info.fingerprint != self._info.fingerprint:
+                if info.fingerprint != self._info.fingerprint:
                     raise errors.TeacherMismatch(
                         f"the teacher was {self._info.name} with fingerprint {self._info.fingerprint}, now it is"
                         f" {info.name} with fingerprint {info.fingerprint}"
@@ -202,6 +215,8 @@ class TeacherClient:
     def close(self) -> None:
         """Ends calls in flight, whose callers get Unavailable, and all connections."""
         self._replicas.close()
+        if self._watch is not None:
+            self._watch.join()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> TeacherClient:

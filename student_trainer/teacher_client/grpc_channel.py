@@ -26,7 +26,14 @@ class GrpcTransport:
     """See `transport.Transport`."""
 
     def __init__(
-        self, address: str, target: str, name: str = "", credentials: Credentials | None = None, *, tls: bool = False
+        self,
+        address: str,
+        target: str,
+        name: str = "",
+        credentials: Credentials | None = None,
+        *,
+        tls: bool = False,
+        host: str = "",
     ) -> None:
         credentials = credentials or Credentials()
         self._address = address
@@ -41,6 +48,8 @@ class GrpcTransport:
             ("grpc.max_reconnect_backoff_ms", 5_000),
             ("grpc.use_local_subchannel_pool", 1),
             *([("grpc.enable_http_proxy", 0)] if local else []),
+            *([("grpc.default_authority", f"{host}:{target.rpartition(':')[2]}")] if host else []),
+            *([("grpc.ssl_target_name_override", host)] if host and tls else []),
         ]
         self._channel = (
             grpc.secure_channel(target, _tls(credentials), options=options)

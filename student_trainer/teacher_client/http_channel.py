@@ -32,13 +32,18 @@ CONNECT_S = 20.0
 class HttpTransport:
     """See `transport.Transport`."""
 
-    def __init__(self, address: str, name: str = "", credentials: Credentials | None = None) -> None:
+    def __init__(self, address: str, name: str = "", credentials: Credentials | None = None, host: str = "") -> None:
         credentials = credentials or Credentials()
         self._address = address
         self._key = Key(credentials)
         self._closed = False
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         headers = {"accept": PROTOBUF, **({CLIENT_HEADER: name} if name else {})}
+        self._extensions: dict[str, Any] = {"trace": self._trace}
+        if host:
+            port = httpx.URL(address).port
+            headers["host"] = f"{host}:{port}" if port else host
+            self._extensions["sni_hostname"] = host
         self._client = httpx.Client(
             base_url=address.rstrip("/"),
             headers=headers,
@@ -111,7 +116,7 @@ class HttpTransport:
         timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
         try:
             with self._client.stream(
-                method, path, content=body, headers=headers, timeout=timeout, extensions={"trace": self._trace}
+                method, path, content=body, headers=headers, timeout=timeout, extensions=self._extensions
             ) as response:
                 if response.status_code != 200:
                     raise problem_error(response.status_code, response.headers, response.read())

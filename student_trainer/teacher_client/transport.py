@@ -50,10 +50,13 @@ class Transport(Protocol):
         ...
 
 
-def open_transport(address: str, name: str = "", credentials: Credentials | None = None) -> Transport:
+def open_transport(
+    address: str, name: str = "", credentials: Credentials | None = None, *, host: str = ""
+) -> Transport:
     """The transport of `host:port`, `grpc://` or `grpcs://host:port` (gRPC), `http://` or `https://host:port` (HTTP).
 
-    grpcs and https are TLS. ValueError for other addresses, and for credentials that do not go with the address.
+    grpcs and https are TLS. `host` is the name of a server whose address is one of several that the name has.
+    ValueError for other addresses, and for credentials that do not go with the address.
     """
     credentials = credentials or Credentials()
     scheme, separator, rest = address.partition("://")
@@ -61,11 +64,11 @@ def open_transport(address: str, name: str = "", credentials: Credentials | None
         scheme, rest = "grpc", address
     try:
         parts = urlsplit(f"//{rest}")
-        host, port = parts.hostname, parts.port
+        where, port = parts.hostname, parts.port
     except ValueError:
-        host, port = None, None
+        where, port = None, None
     grpc = scheme in ("grpc", "grpcs")
-    if scheme not in ("grpc", "grpcs", "http", "https") or not host or (grpc and (port is None or parts.path)):
+    if scheme not in ("grpc", "grpcs", "http", "https") or not where or (grpc and (port is None or parts.path)):
         raise ValueError(
             f"{address!r} is no teacher address; use host:port, grpc://host:port or http://host:port, and grpcs:// or "
             "https:// for TLS"
@@ -73,15 +76,15 @@ def open_transport(address: str, name: str = "", credentials: Credentials | None
     tls = scheme in ("grpcs", "https")
     if not tls and credentials.of_tls:
         raise ValueError(f"{credentials.of_tls} needs TLS, and {address} is without; use grpcs:// or https://")
-    if not tls and credentials.api_key_file and not is_loopback(host):
+    if not tls and credentials.api_key_file and not is_loopback(where):
         log.warning("the key goes to %s without TLS; whoever is on the way can read it", address)
     if grpc:
         from student_trainer.teacher_client.grpc_channel import GrpcTransport
 
-        return GrpcTransport(address, rest, name, credentials, tls=tls)
+        return GrpcTransport(address, rest, name, credentials, tls=tls, host=host)
     from student_trainer.teacher_client.http_channel import HttpTransport
 
-    return HttpTransport(address, name, credentials)
+    return HttpTransport(address, name, credentials, host)
 
 
 def is_loopback(host: str) -> bool:

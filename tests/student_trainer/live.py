@@ -37,8 +37,9 @@ class ScriptedTeacher:
     """A teacher that answers each call with the next failure of its script, and rightly once that is used up.
 
     The right score of a token id i is -i. `calls` counts every call, `sequences` the sizes of Score calls, `prompts`
-    those of Generate calls, `most` the calls at the same time. `cut_generate` is the number of Generate streams that
-    end after one completion, `cut_head` the number of GetHead streams that end after one part.
+    those of Generate calls, `most` the calls at the same time, `hosts` the names that HTTP calls give the server.
+    `cut_generate` is the number of Generate streams that end after one completion, `cut_head` the number of GetHead
+    streams that end after one part.
     """
 
     failures: list[errors.TeacherError] = field(default_factory=list)
@@ -52,6 +53,7 @@ class ScriptedTeacher:
     prompts: list[int] = field(default_factory=list)
     seeds: list[int | None] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    hosts: list[str] = field(default_factory=list)
     running: int = 0
     most: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -166,14 +168,14 @@ class _Servicer(teacher_pb2_grpc.TeacherServiceServicer):
 
 
 @contextmanager
-def over_grpc(teacher: ScriptedTeacher, port: int = 0) -> Iterator[str]:
+def over_grpc(teacher: ScriptedTeacher, port: int = 0, host: str = "127.0.0.1") -> Iterator[str]:
     """`teacher` behind a real gRPC server; yields its address."""
     server = grpc.server(futures.ThreadPoolExecutor(16), options=[("grpc.so_reuseport", 0)])
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(_Servicer(teacher), server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
+    bound = server.add_insecure_port(f"{host}:{port}")
     server.start()
     try:
-        yield f"grpc://127.0.0.1:{bound}"
+        yield f"grpc://{host}:{bound}"
     finally:
         server.stop(None).wait()
 
@@ -207,6 +209,7 @@ def _handler(teacher: ScriptedTeacher) -> type[BaseHTTPRequestHandler]:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             sent: list[bytes] = []
             try:
+                teacher.hosts.append(self.headers.get("host", ""))
                 with teacher.call(self.headers.get("x-client", "")):
                     for message in work(body):
                         data = message.SerializeToString()
@@ -241,13 +244,13 @@ class _HttpServer(ThreadingHTTPServer):
 
 
 @contextmanager
-def over_http(teacher: ScriptedTeacher, port: int = 0) -> Iterator[str]:
+def over_http(teacher: ScriptedTeacher, port: int = 0, host: str = "127.0.0.1") -> Iterator[str]:
     """`teacher` behind a real HTTP server; yields its address."""
-    server = _HttpServer(("127.0.0.1", port), _handler(teacher))
+    server = _HttpServer((host, port), _handler(teacher))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"http://{host}:{server.server_port}"
     finally:
         server.shutdown()
         server.server_close()

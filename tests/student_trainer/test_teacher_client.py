@@ -15,7 +15,7 @@ from protos import errors
 from protos.scores import Completion, Limits, Mode, Prompt, Sampling, ScoreSpec, Sequence
 from student_trainer.teacher_client import connect
 from student_trainer.teacher_client.transport import open_transport
-from tests.student_trainer.live import OVER, ScriptedTeacher, over_grpc, over_http, teacher_info, theoretical_teacher
+from tests.student_trainer.live import OVER, ScriptedTeacher, over_grpc, teacher_info, theoretical_teacher
 
 
 @pytest.fixture(scope="module")
@@ -228,44 +228,6 @@ def test_another_teacher_at_the_address_is_refused(over: Any) -> None:
             client.score(sequences(4))
         with pytest.raises(errors.TeacherMismatch, match="fingerprint f1, now it is scripted with fingerprint f2"):
             client.teacher(refresh=True)
-
-
-def test_replicas_share_the_work() -> None:
-    one, two = ScriptedTeacher(slow_s=0.05), ScriptedTeacher(slow_s=0.05)
-    with over_grpc(one) as a, over_http(two) as b, connect([a, b], max_in_flight=4) as client:
-        sizes = [20] * 12
-        assert scored(client, *sizes) == right(*sizes)
-        for _ in range(4):
-            client.submit_score(sequences(*sizes), ScoreSpec()).result()
-    assert sum(one.sequences) > 10
-    assert sum(two.sequences) > 10
-
-
-def test_a_dead_replica_is_left_out_and_the_others_go_on() -> None:
-    two = ScriptedTeacher()
-    dead = f"127.0.0.1:{free_port()}"
-    with over_grpc(two) as b, connect([dead, b], patience_s=10) as client:
-        for _ in range(5):
-            assert scored(client, 4, 5) == right(4, 5)
-
-
-def test_a_replica_that_dies_on_the_way_is_replaced() -> None:
-    one, two = ScriptedTeacher(), ScriptedTeacher()
-    with over_grpc(two) as b:
-        with over_grpc(one) as a:
-            client = connect([a, b], patience_s=10)
-            assert scored(client, 4) == right(4)
-        with client:
-            assert [scored(client, size) for size in range(2, 8)] == [right(size) for size in range(2, 8)]
-    assert one.calls + two.calls >= 8
-
-
-def test_replicas_of_another_teacher_are_refused() -> None:
-    one, two = ScriptedTeacher(), ScriptedTeacher(info=teacher_info(fingerprint="f2"))
-    with over_grpc(one) as a, over_grpc(two) as b, connect([a, b], max_in_flight=2) as client:
-        one.slow_s = two.slow_s = 0.1
-        with pytest.raises(errors.TeacherMismatch):
-            client.score(sequences(*[50] * 12))
 
 
 def test_a_deadline_is_told_and_not_retried(over: Any) -> None:
