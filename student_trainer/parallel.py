@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import distributed
-from .config import Training
+from .config import Models, Training
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -103,13 +103,17 @@ def checkpoints_itself(way: Way) -> bool:
     return way == "fsdp" and launched() != "fsdp"
 
 
-def arguments(training: Training, way: Way, narrow: bool) -> dict[str, Any]:
-    """Arguments of the Trainer for `way`; `narrow`: the student's weights are in bfloat16.
+def arguments(training: Training, models: Models, way: Way) -> dict[str, Any]:
+    """Arguments of the Trainer for `way`.
 
-    UserError where DeepSpeed is not installed, or its configuration cannot be used.
+    UserError where DeepSpeed is not installed, or its configuration cannot be used, or the student is quantised, whose
+    weights nobody can shard.
     """
     if way == "ddp":
         return {"ddp_find_unused_parameters": False}
+    if models.student_load_in_4bit or models.student_load_in_8bit:
+        step = "use ddp, where a quantised student has room on one device, or train without quantisation"
+        raise UserError(f"{way} cannot shard a quantised student", "training.parallel", step)
     if way == "fsdp":
         if launched() == "fsdp":
             return {}
@@ -119,7 +123,7 @@ def arguments(training: Training, way: Way, narrow: bool) -> dict[str, Any]:
         step = "pip install 'strong2weak[deepspeed]', or use fsdp"
         raise UserError("DeepSpeed is not installed", "training.parallel", step)
     # DeepSpeed keeps bfloat16 weights beside float32 ones, if it is told that they are bfloat16.
-    bf16 = {"bf16": True} if narrow else {}
+    bf16 = {"bf16": True} if models.torch_dtype == "bfloat16" else {}
     if launched() == "deepspeed":
         return bf16
     return {"deepspeed": _deepspeed(training.deepspeed_config), **bf16}

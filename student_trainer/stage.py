@@ -98,7 +98,6 @@ def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillatio
             raise UserError("no argument of transformers.TrainingArguments", f"training.extra.{name}", hint)
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     way = parallel.chosen(training)
-    narrow = config.models.torch_dtype == "bfloat16"
     values: dict[str, Any] = {
         "output_dir": str(layout.root),
         "per_device_train_batch_size": options.batch_size,
@@ -124,7 +123,7 @@ def arguments(config: Config, options: NonPolicyDistillation | PolicyDistillatio
         # Without this, accelerate takes several processes without GPUs for independent ones.
         "use_cpu": distributed.world() > 1 and not torch.cuda.is_available(),
         checkpointing: training.gradient_checkpointing and not parallel.checkpoints_itself(way),
-        **parallel.arguments(training, way, narrow),
+        **parallel.arguments(training, config.models, way),
     }
     try:
         args = TrainingArguments(**{**values, **training.extra})
