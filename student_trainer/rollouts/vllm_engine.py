@@ -167,7 +167,6 @@ class VllmEngine:
             "dtype": "bfloat16" if narrow else str(parameter.dtype).removeprefix("torch."),
             "max_model_len": self.max_length,
             "max_num_seqs": self.slots,
-            "logprobs_mode": "processed_logprobs",
             "distributed_executor_backend": "external_launcher" if distributed.world() > 1 else "uni",
             "disable_log_stats": True,
             "generation_config": "vllm",
