@@ -48,6 +48,11 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
             await context.abort(grpc.StatusCode.NOT_FOUND, "this server has no such service")
         return _STATUS(status=status)
 
+    async def List(self, request: Any, context: Any) -> Any:
+        """The present health of every service; newer versions of grpcio-health-checking have this method."""
+        statuses = {name: _STATUS(status=self._status(name)) for name in self._serving}
+        return health_pb2.HealthListResponse(statuses=statuses)
+
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """The present health, then each other one."""
         last = None

@@ -83,7 +83,7 @@ def status(server: Server, method: str, key: str, message: bytes = b"") -> str:
 def test_every_route_and_method_has_a_decision_and_no_decision_is_left_over(locked: Server) -> None:
     assert {path for _, path in routes(locked)} == set(access.HTTP)
     other = {name for name in access.GRPC if name.startswith("/grpc.reflection.v1.")} | {"/grpc.health.v1.Health/List"}
-    assert methods(locked) == set(access.GRPC) - other  # these come with newer versions of grpcio
+    assert set(access.GRPC) - other <= methods(locked) <= set(access.GRPC)  # newer versions of grpcio have the others
 
 
 def test_nothing_is_open_but_health() -> None:
