@@ -205,18 +205,19 @@ def test_runs_leave_a_report_finished_interrupted_or_of_one_stage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from student_trainer.on_policy import RolloutFeed
+    from student_trainer.schedule import Step
 
-    path, sample = tmp_path / "outputs" / "report.html", RolloutFeed.step
+    path, sample = tmp_path / "outputs" / "report.html", RolloutFeed.announce
 
-    def stop(feed: RolloutFeed, groups: list[list[int]], step: int, epoch: int) -> object:
-        if step == 3:
+    def stop(feed: RolloutFeed, step: Step) -> None:
+        if step.number == 3:
             raise KeyboardInterrupt
-        return sample(feed, groups, step, epoch)
+        sample(feed, step)
 
-    monkeypatch.setattr(RolloutFeed, "step", stop)
+    monkeypatch.setattr(RolloutFeed, "announce", stop)
     with pytest.raises(KeyboardInterrupt):
         go()
-    monkeypatch.setattr(RolloutFeed, "step", sample)
+    monkeypatch.setattr(RolloutFeed, "announce", sample)
     words = Page(path.read_text()).words
     assert {"interrupted", "Stage 1, off-policy", "Stage 2, on-policy", "after stage 1"} <= set(words)
     lines = read(tmp_path / "outputs" / "policy_distillation")
