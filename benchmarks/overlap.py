@@ -140,8 +140,9 @@ class Bench:
             with delaying(fast["grpc"], 0.0) as near, delaying(fast["grpc"], LATENCY_MS / 1000) as far:
                 for turn in range(rounds):
                     for stage, staleness in (("stage 1", 0), ("stage 2", 0), ("stage 2", 1)):
-                        keep(turn, stage, staleness, report.latency(0), near)
-                        keep(turn, stage, staleness, report.latency(LATENCY_MS), far)
+                        both = (report.latency(0), near), (report.latency(LATENCY_MS), far)
+                        for which, address in both if turn % 2 == 0 else reversed(both):
+                            keep(turn, stage, staleness, which, address)
         with teacher(self.work, rate) as paced:
             for turn in range(rounds):
                 for staleness in (0, 1):

@@ -197,6 +197,9 @@ class RolloutFeed:
                 hidden, Head(head.weight, getattr(head, "bias", None), self.loss.vocab_size), self.loss.top_k
             )
 
+        training = model.training
+        model.eval()  # as it sampled
         with torch.no_grad():
             ids = model(**inputs, objective=choose)
+        model.train(training)
         return ids_array(ids.cpu().numpy(), 2)

@@ -44,7 +44,7 @@ from student_trainer.distillation_trainer import DistillationTrainer
 from student_trainer.on_policy import RolloutFeed
 from student_trainer.saving import SavingTrainer, StepBoundary
 from teacher_server.backends.options import BackendOptions
-from teacher_server.backends.theoretical_backend import TheoreticalBackend
+from teacher_server.backends.theoretical_backend import Behaviour, TheoreticalBackend
 from tests.servers import ROOT, environment, serving, wait_for
 from tests.tiny_qwen3 import make
 
@@ -97,8 +97,8 @@ STALE = (*SECOND[:8], Point("what was in flight is taken up", in_flight, "load",
 class Teacher(TheoreticalBackend):
     """The theoretical teacher, which says that it has the student's tokenizer."""
 
-    def __init__(self, student: Path) -> None:
-        super().__init__(BackendOptions(model="theory"))
+    def __init__(self, student: Path, behaviour: Behaviour | None = None) -> None:
+        super().__init__(BackendOptions(model="theory"), behaviour)
         self.tokenizer = AutoTokenizer.from_pretrained(student)
 
     @property
@@ -160,6 +160,16 @@ def config(folder: Path, student: Path, address: str, staleness: int) -> Config:
     )
 
 
+def make_student(folder: Path) -> Path:
+    """A student with dropout, whose random numbers must go on too, and beside it what it is asked."""
+    student = make(folder / "student")
+    about = json.loads((student / "config.json").read_text())
+    (student / "config.json").write_text(json.dumps(about | {"attention_dropout": 0.1}))
+    examples = [{"instruction": f"Calculate {i}", "output": str(i)} for i in range(24)]
+    (folder / "examples.json").write_text(json.dumps(examples))
+    return student
+
+
 def kill_at(point: Point) -> None:
     """From now on this process ends at `point`."""
     function, calls = getattr(point.owner, point.name), 0
@@ -210,11 +220,7 @@ def differing(one: Config, other: Config) -> list[str]:
 
 def trial(folder: Path) -> dict[str, Any]:
     """All runs; what was killed, missed, and differs."""
-    student = make(folder / "student")
-    about = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps(about | {"attention_dropout": 0.1}))
-    examples = [{"instruction": f"Calculate {i}", "output": str(i)} for i in range(24)]
-    (folder / "examples.json").write_text(json.dumps(examples))
+    student = make_student(folder)
     gc.collect()
     gc.freeze()  # a child's collections leave out what it has from here
     with teacher(student) as address:
