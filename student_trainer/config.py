@@ -266,7 +266,7 @@ class PolicyDistillation(Section):
     prompt and completion (147 KB a token with Qwen3-8B in bfloat16); with vllm it is the largest number."""
     rollout_engine_args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vllm.LLM, such as gpu_memory_utilization: 0.4 unless given, because the student needs the
-    rest of the GPU. It sleeps, and holds nothing, while the student trains."""
+    rest of the GPU. It sleeps while the student trains and holds neither weights nor a cache then."""
     max_steps: MaxSteps = -1
     """Stop after this many optimiser steps; -1 goes by num_epochs."""
 

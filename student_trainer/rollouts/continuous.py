@@ -1,9 +1,10 @@
 """Samples with a fixed number of slots: where a completion ends, the next prompt begins, and nothing waits for the
 longest row of a batch.
 
-transformers has a continuous batching of its own; docs/performance.md says why this one is here. One forward pass at
-a time: prompts that fill free slots, or the next token of every slot. Knows the model's forward pass and its cache, no
-teacher and no loss. Legend: B rows, V vocabulary.
+transformers has a continuous batching of its own; docs/rollouts.md says why this one is here, and what it gains:
+1.4 to 2.3 times the tokens a second of padded batches (`benchmarks/rollouts.py`). One forward pass at a time: prompts
+that fill free slots, or the next token of every slot. Knows the model's forward pass and its cache, no teacher and no
+loss. Legend: B rows, V vocabulary.
 """
 
 from __future__ import annotations
