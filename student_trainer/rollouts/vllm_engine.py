@@ -37,8 +37,8 @@ GPU_MEMORY = 0.4
 class VllmEngine:
     """One engine in each process of a training, on that process's device, started by the first `sample`.
 
-    On a GPU it sleeps between two calls and then holds neither weights nor a cache. `engine_args` are further arguments of vllm.LLM; they
-    win over those chosen here. `max_length` bounds every prompt with its completion.
+    On a GPU it sleeps between two calls and then holds neither weights nor a cache. `engine_args` are further arguments
+    of vllm.LLM; they win over those chosen here. `max_length` bounds every prompt with its completion.
     """
 
     name = "vllm"
