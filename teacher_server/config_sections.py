@@ -87,9 +87,11 @@ class LimitsConfig(Section):
 class WatchConfig(Section):
     """When a loaded engine is taken for hung."""
 
-    step_s: float = Field(default=300.0, gt=0)
-    """Seconds in which an engine that has work must finish a step; else it is started again."""
+    step_s: float = Field(default=600.0, gt=0)
+    """Seconds in which an engine that has work must finish a step; else it is started again. A step is a batch of
+    batch_tokens, which takes minutes where weights are on a CPU."""
     canary_s: float = Field(default=60.0, gt=0)
-    """Seconds without an answer of the engine after which it is asked for a score of two tokens."""
+    """Seconds without an answer of the engine after which it is asked for a score of two tokens; after twice as many
+    the server is not ready."""
     start_s: float = Field(default=7200.0, gt=0)
     """Seconds that an engine's start may take, reading the weights included."""

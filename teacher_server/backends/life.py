@@ -39,7 +39,7 @@ class Patience:
     look_s: float = 0.5
     answer_s: float = 5.0
     close_s: float = 30.0
-    step_s: float = 300.0
+    step_s: float = 600.0
     canary_s: float = 60.0
     start_s: float = 7200.0
 
