@@ -41,8 +41,9 @@ class Teacher(Section):
 
     endpoint: Annotated[str | list[str] | None, AfterValidator(_addresses)] = None
     """Address of a teacher server: host:port or grpc://host:port for gRPC, http://host:port for HTTP, grpcs:// and
-    https:// for these with TLS, a list for replicas of one teacher; null starts models.teacher_model as a process of
-    this run, unless there are routes."""
+    https:// for these with TLS, a list for replicas of one teacher, or dns://name:port, dns+http://name:port and the
+    like for a name each of whose addresses is a replica; null starts models.teacher_model as a process of this run,
+    unless there are routes."""
     routes: list[TeacherRoute] = Field(default_factory=list)
     """Further teachers, for a mode, a domain or both of them: a list of {endpoint, mode, domain, ...}. The most
     specific route wins: domain and mode, then domain, then mode, then teacher.endpoint for whatever has no route. All
