@@ -30,17 +30,22 @@ class TeacherError(Exception):
 
     `message` says what was wrong, with the numbers, and what to do. `retry_after_s` is the delay in seconds after which
     the same call may succeed, where there is one. `index` is the sequence or prompt at fault, where there is one.
+    `request_id` names the call in the server's log, for whoever received the error from a server.
     """
 
     grpc_code: ClassVar[str] = "INTERNAL"
     http_status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
+    request_id: str = ""
 
     def __init__(self, message: str, *, retry_after_s: float | None = None, index: int | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after_s = retry_after_s
         self.index = index
+
+    def __str__(self) -> str:
+        return f"{self.message} (request {self.request_id})" if self.request_id else self.message
 
     @property
     def reason(self) -> str:
@@ -179,6 +184,7 @@ def from_wire(
     http_status: int = 0,
     retry_after_s: float | None = None,
     index: int | None = None,
+    request_id: str = "",
 ) -> TeacherError:
     """The error that a client raises for what it received.
 
@@ -190,4 +196,6 @@ def from_wire(
         kind = TooLarge if retry_after_s is None else Overloaded
     if kind is None:
         kind = _BY_GRPC_CODE.get(grpc_code) or _BY_HTTP_STATUS.get(http_status) or TeacherFailed
-    return kind(message, retry_after_s=retry_after_s, index=index)
+    error = kind(message, retry_after_s=retry_after_s, index=index)
+    error.request_id = request_id
+    return error

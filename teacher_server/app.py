@@ -113,6 +113,7 @@ class App:
         listener = _listen(address, self._config.http_port)
         patience = Patience(**self._config.watch.model_dump())
         engine = Supervised(self._make_backend, self._config.restart_policy(), self._on_state, patience)
+        engine.observe(self.service.observe_step)
         try:
             host = f"[{address}]" if ":" in address else address
             try:
@@ -220,6 +221,7 @@ class App:
                 await asyncio.wait_for(self._changed.wait(), HEALTH_S)
                 self._changed.clear()
                 self.service.measure()
+            self.service.live.sample()
             healthy = await engine.healthy()
             if healthy is not before:
                 log.log(logging.INFO if healthy else logging.WARNING, "health: %s", "ready" if healthy else "not ready")

@@ -6,13 +6,13 @@ does.
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
 from protos.errors import PermissionDenied
+from teacher_server.exchange import Exchange, current
 
 CLIENT_HEADER = "x-client"
 """Header, or gRPC metadata key, by which a client names itself: its name where there are no keys, else a label."""
@@ -45,6 +45,8 @@ class Client:
     weight: float = 1.0
     """Its share of the teacher beside clients of weight 1."""
     may: frozenset[Permission] = ALL
+    known: bool = False
+    """Whether its key gave it the name, so that there are only so many of such names."""
 
     def require(self, permission: Permission | None) -> None:
         """PermissionDenied where a call needs what this client may not do; None needs nothing beside a key."""
@@ -57,16 +59,28 @@ class Client:
 
 @dataclass(frozen=True)
 class Caller:
-    """One call's origin: the client's name, the transport, the seconds until its deadline, and the call's id."""
+    """One call's origin: the client's name, the transport, the seconds until its deadline, and its exchange."""
 
     name: str
     transport: str = ""
     timeout_s: float | None = None
-    request_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    exchange: Exchange = field(default_factory=current)
     label: str = ""
-    """What the client calls itself, beside the name that its key gives it; for the log alone."""
+    """What the client calls itself, beside the name that its key gives it; for people alone."""
     weight: float = 1.0
     """See `Client.weight`."""
+    known: bool = False
+    """See `Client.known`."""
+
+    @staticmethod
+    def of(client: Client, transport: str, timeout_s: float | None) -> Caller:
+        """A call of a client, within the current exchange."""
+        return Caller(client.name, transport, timeout_s, label=client.label, weight=client.weight, known=client.known)
+
+    @property
+    def request_id(self) -> str:
+        """The call's id, which its client gets too."""
+        return self.exchange.request_id
 
     @property
     def shown(self) -> str:

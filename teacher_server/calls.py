@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 from protos.errors import DeadlineExceeded, Overloaded, TeacherError, TeacherFailed, Unavailable
 from teacher_server.auth import Caller
+from teacher_server.live import Live
 from teacher_server.metrics import Metrics
+from teacher_server.traces import NO_TRACES, CallTrace, Traces
 from teacher_server.usage import UsageByClient
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ class Call:
         self.started = asyncio.get_running_loop().time()
         self.deadline = None if caller.timeout_s is None else self.started + caller.timeout_s
         """Event loop time at which it must have ended; None is never."""
+        self.trace = CallTrace()
+        """What is told of it to whoever traces calls."""
         self._given_up = False
         self._timeout: asyncio.Timeout | None = None
 
@@ -70,9 +75,11 @@ class Call:
 class Calls:
     """All calls in progress."""
 
-    def __init__(self, metrics: Metrics, usage: UsageByClient) -> None:
+    def __init__(self, metrics: Metrics, usage: UsageByClient, live: Live, traces: Traces = NO_TRACES) -> None:
         self._metrics = metrics
         self._usage = usage
+        self._live = live
+        self._traces = traces
         self._open: set[Call] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -94,45 +101,82 @@ class Calls:
     @contextmanager
     def decoding(self, method: str, caller: Caller) -> Iterator[None]:
         """Counts a call whose bytes make no sense, which therefore never begins."""
+        label = self._introduce(method, caller)
         try:
             yield
         except TeacherError as error:
-            self._metrics.requests.labels(method, caller.transport, error.reason).inc()
+            self._metrics.requests.labels(label, method, caller.transport, error.reason).inc()
+            self._live.failed(method, caller, error)
+            _log(method, caller, error.reason, time.time() - caller.exchange.began, error)
             raise
 
     @contextmanager
     def enter(self, method: str, caller: Caller) -> Iterator[Call]:
         """A call's life; what is no error of the tree is logged with the call's id and becomes TeacherFailed."""
         call = Call(caller)
+        label = self._introduce(method, caller)
         outcome = "OK"
+        failure: TeacherError | None = None
         self._open.add(call)
         self._idle.clear()
         self._metrics.in_flight.labels(method).inc()
+        self._live.began(caller)
         usage = self._usage.of(caller.name)
         usage.score_calls += method == "score"
         usage.generate_calls += method == "generate"
         try:
             yield call
         except TeacherError as error:
-            outcome = error.reason
+            outcome, failure = error.reason, error
             self._usage.of(caller.name).overloaded += isinstance(error, Overloaded)
-            log.info(
-                "%s of %s refused or failed: %s (request %s)", method, caller.shown, error.message, caller.request_id
-            )
             raise
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "DEADLINE_EXCEEDED" if call.late else "CANCELLED"
             raise
         except Exception as error:
-            outcome = TeacherFailed().reason
+            failure = TeacherFailed()
+            outcome = failure.reason
             log.exception("%s of %s failed (request %s)", method, caller.shown, caller.request_id)
-            raise TeacherFailed from error
+            raise failure from error
         finally:
             self._open.discard(call)
             if not self._open:
                 self._idle.set()
             seconds = asyncio.get_running_loop().time() - call.started
             self._metrics.in_flight.labels(method).dec()
-            self._metrics.requests.labels(method, caller.transport, outcome).inc()
-            self._metrics.request_seconds.labels(method).observe(seconds)
-            log.debug("%s of %s: %s in %.3f s (request %s)", method, caller.shown, outcome, seconds, caller.request_id)
+            self._metrics.requests.labels(label, method, caller.transport, outcome).inc()
+            self._metrics.request_seconds.labels(label, method).observe(seconds)
+            self._live.ended(method, caller, seconds, outcome == "OK")
+            if failure is not None:
+                self._live.failed(method, caller, failure)
+            self._traces.ended(method, caller, outcome, call.trace)
+            _log(method, caller, outcome, seconds, failure)
+
+    def _introduce(self, method: str, caller: Caller) -> str:
+        """The client's label; the call's bytes count as its own from now on."""
+        label = self._metrics.clients.enter(caller.name, caller.known)
+        exchange = caller.exchange
+        exchange.client, exchange.method, exchange.transport = label, method, caller.transport
+        return label
+
+
+def _log(method: str, caller: Caller, outcome: str, seconds: float, failure: TeacherError | None) -> None:
+    """One line for each call that has ended."""
+    fields = {
+        "client": caller.name,
+        "label": caller.label,
+        "method": method,
+        "transport": caller.transport,
+        "outcome": outcome,
+        "seconds": round(seconds, 6),
+    }
+    text = outcome if failure is None else f"{outcome}: {failure.message}"
+    log.info(
+        "%s of %s: %s in %.3f s (request %s)",
+        method,
+        caller.shown,
+        text,
+        seconds,
+        caller.request_id,
+        extra={"fields": fields, "request_id": caller.request_id},
+    )

@@ -50,7 +50,7 @@ class KeyAuthenticator:
         stored = self._keys.get(found[1], self._nobody)
         if not stored.matches(found[0]):
             raise Unauthenticated("this teacher does not know the key; it may have been removed, ask the operator")
-        return dataclasses.replace(stored.client, label=own_name(headers))
+        return dataclasses.replace(stored.client, label=own_name(headers), known=True)
 
     def reload(self, only_if_changed: bool = False) -> None:
         """Reads the file again; the keys stay as they were where it cannot be used."""

@@ -18,6 +18,7 @@ from typing import Any
 from protos.errors import Overloaded
 from teacher_server.fairness import Ledger
 from teacher_server.sharing import Pool
+from teacher_server.traces import Part
 
 Tokens = int | Callable[[], int]
 """A number of tokens, or what gives it when the unit's turn comes."""
@@ -53,6 +54,8 @@ class Unit:
     charged: int = 0
     spent: int | None = None
     closed: bool = False
+    part: Part | None = None
+    """What became of it, once it has been with the engine; for whoever traces calls."""
 
     @property
     def running(self) -> bool:

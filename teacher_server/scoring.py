@@ -9,16 +9,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from protos.errors import TeacherError, TeacherFailed
 from protos.scores import Field, ScoreRequest, Scores, ScoreSpec, Sequence
 from teacher_server.auth import Caller
+from teacher_server.backends import steps
 from teacher_server.backends.base import Backend
 from teacher_server.cache import BATCH_BYTES, DiskTier, Flight, Flights, Key, ScoreCache, score_key
+from teacher_server.live import Live
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
+from teacher_server.traces import Part
 from teacher_server.usage import UsageByClient
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ class Scoring:
         lane: Lane,
         metrics: Metrics,
         usage: UsageByClient,
+        live: Live,
         cache: ScoreCache,
         disk: DiskTier | None,
         share: bool,
@@ -50,12 +55,18 @@ class Scoring:
         self._lane = lane
         self._metrics = metrics
         self._usage = usage
+        self._live = live
         self._share = share
         self._cache = cache
         self._disk = disk if share else None
         self._flights = Flights()
         self._serial = itertools.count()
         metrics.cache_bytes.set_function(lambda: self._cache.nbytes)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of scores in memory."""
+        return self._cache.nbytes
 
     async def begin(self, backend: Backend, request: ScoreRequest, caller: Caller) -> Begun:
         """What is known of a call's sequences, and the rest on its way; `leave` every flight.
@@ -86,7 +97,7 @@ class Scoring:
         for index in waiting:
             unit = units.pop(keys[index], None)
             begun.flights[index] = self._fly(backend, keys[index], request, index, caller, unit)
-        self._count_known(request, [index for index, _ in begun.known], caller)
+        self._count_known(request, [index for index, _ in begun.known], caller, "memory")
         return begun
 
     async def read(self, backend: Backend, request: ScoreRequest, indices: list[int]) -> dict[int, Scores]:
@@ -114,8 +125,7 @@ class Scoring:
 
     def count_read(self, request: ScoreRequest, indices: list[int], caller: Caller) -> None:
         """Counts what was read as known."""
-        self._count_known(request, indices, caller)
-        self._metrics.disk_tokens.inc(sum(len(request.sequences[index].token_ids) for index in indices))
+        self._count_known(request, indices, caller, "disk")
 
     def compute_after_all(self, backend: Backend, request: ScoreRequest, index: int, caller: Caller) -> Flight:
         """The flight of a sequence whose score was lost while its call was in progress; it cannot be refused."""
@@ -136,15 +146,25 @@ class Scoring:
             self._scheduler.follow(unit, flight.task)
             return flight
         flight = self._flights.join(key)
-        self._metrics.joined_tokens.inc(len(sequence.token_ids))
+        label = self._metrics.clients.of(caller.name)
+        self._metrics.joined_tokens.labels(label).inc(len(sequence.token_ids))
+        self._count_sequences(label, "joined", 1)
         self._usage.of(caller.name).joined_tokens += len(sequence.token_ids)
         self._scheduler.claim(flight.unit, caller.name, caller.weight)
         return flight
 
-    def _count_known(self, request: ScoreRequest, indices: list[int], caller: Caller) -> None:
+    def _count_known(self, request: ScoreRequest, indices: list[int], caller: Caller, tier: str) -> None:
+        if not indices:
+            return
         tokens = sum(len(request.sequences[index].token_ids) for index in indices)
-        self._metrics.cached_tokens.inc(tokens)
+        label = self._metrics.clients.of(caller.name)
+        self._metrics.cached_tokens.labels(label, tier).inc(tokens)
+        self._count_sequences(label, tier, len(indices))
         self._usage.of(caller.name).cached_tokens += tokens
+
+    def _count_sequences(self, label: str, source: str, number: int) -> None:
+        self._metrics.sequences.labels(label, source).inc(number)
+        self._live.sequences[source] += number
 
     def leave(self, flight: Flight) -> None:
         """Gives up on a flight; the last one who does cancels it."""
@@ -158,7 +178,10 @@ class Scoring:
         self, backend: Backend, unit: Unit, key: Key, sequence: Sequence, spec: ScoreSpec, caller: Caller
     ) -> Scores:
         await unit.turn
-        self._metrics.queue_seconds.labels("score").observe(self._scheduler.waited(unit))
+        metrics, label = self._metrics, self._metrics.clients.of(caller.name)
+        waited, turn_at = self._scheduler.waited(unit), time.time()
+        metrics.queue_seconds.labels(label, "score").observe(waited)
+        size, ran = len(sequence.token_ids), steps.noting()
         try:
             scores = await backend.score(sequence, spec)
             check_scores(scores, sequence, spec, backend.info.hidden_size)
@@ -167,8 +190,14 @@ class Scoring:
         except Exception as error:
             log.exception("the engine failed on a sequence of %s (request %s)", caller.name, caller.request_id)
             raise TeacherFailed from error
-        self._metrics.scored_tokens.inc(len(sequence.token_ids))
-        self._usage.of(unit.payer).scored_tokens += len(sequence.token_ids)
+        finally:
+            now = time.time()
+            unit.part = Part(turn_at - waited, turn_at, now, caller.request_id, size, ran[0] if ran else None)
+            metrics.engine_seconds.labels(label, "score").observe(max(0.0, now - turn_at))
+        payer = metrics.clients.of(unit.payer)
+        metrics.scored_tokens.labels(payer).inc(size)
+        self._count_sequences(payer, "engine", 1)
+        self._usage.of(unit.payer).scored_tokens += size
         if scores.hidden_states is None:  # one sequence of them would push out the scores of a thousand others
             self._cache.put(key, scores)
             if self._disk is not None:

@@ -20,14 +20,18 @@ from protos.scores import CompletionDelta, GenerateRequest, Ids, Mode, Prompt, S
 from teacher_server import checks
 from teacher_server.auth import Caller
 from teacher_server.backends.base import Backend, Room, TextCodec
+from teacher_server.backends.steps import Step
 from teacher_server.cache import DiskTier, ScoreCache
 from teacher_server.calls import RETRY_S, Calls
 from teacher_server.generation import Merged, complete, tokenize
 from teacher_server.hidden import HiddenBudget
 from teacher_server.lengths import Lengths
+from teacher_server.live import Live
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
 from teacher_server.scoring import Scoring
+from teacher_server.status import Status
+from teacher_server.traces import NO_TRACES, Part, Traces
 from teacher_server.usage import UsageByClient
 
 SLACK = 1.25
@@ -70,13 +74,22 @@ class TeacherService:
     """One teacher behind any number of transports; all methods run on one event loop."""
 
     def __init__(
-        self, settings: ServiceSettings, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+        self,
+        settings: ServiceSettings,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+        traces: Traces = NO_TRACES,
     ) -> None:
         self.metrics = metrics
         self.state = State.LOADING
         self._backend: Backend | None = None
+        self._last_info: TeacherInfo | None = None
+        self._since = time.monotonic()
         usage = UsageByClient()
-        self._calls = Calls(metrics, usage)
+        self.live = Live(usage)
+        """What happened lately."""
+        self.settings = settings
+        self._calls = Calls(metrics, usage, self.live, traces)
         self._scheduler = Scheduler(settings.queue_tokens, settings.queue_sequences, clock)
         self._score_lane, self._generate_lane = Lane(0), Lane(0, yields=True)
         cache = ScoreCache(settings.cache_bytes if settings.cache else 0)
@@ -84,7 +97,9 @@ class TeacherService:
         if settings.cache and settings.disk_folder is not None and settings.disk_bytes:
             self._disk = DiskTier(settings.disk_folder, settings.disk_bytes)
         self._room, self._lengths = Room(1, 1), Lengths()
-        self._scoring = Scoring(self._scheduler, self._score_lane, metrics, usage, cache, self._disk, settings.cache)
+        self._scoring = Scoring(
+            self._scheduler, self._score_lane, metrics, usage, self.live, cache, self._disk, settings.cache
+        )
         self._hidden = HiddenBudget(settings.hidden_bytes, clock)
         self.usage = usage
         """What each client has had."""
@@ -101,6 +116,8 @@ class TeacherService:
         if self._disk is not None:
             await self._disk.open(backend.info.fingerprint)
         self._backend = backend
+        self._last_info = info = backend.info
+        self.metrics.info.labels(info.name, info.fingerprint, info.engine, info.dtype, info.quantization).set(1)
         self.measure()
         self.state = State.READY
 
@@ -110,6 +127,11 @@ class TeacherService:
             self._room = self._backend.generation_room
             self._score_lane.capacity = 2 * self._backend.batch_tokens
             self._generate_lane.capacity = int(SLACK * self._room.tokens)
+
+    def observe_step(self, step: Step) -> None:
+        """An `Observer` of the engine's steps."""
+        self.metrics.observe_step(step)
+        self.live.step(step)
 
     async def close(self) -> None:
         """Writes scores to the disk that still wait for it; to be called when no call is in progress any more."""
@@ -176,6 +198,7 @@ class TeacherService:
         """
         with self._calls.enter("score", caller) as call:
             backend = self._open_backend()
+            call.trace.sequences, call.trace.tokens = len(request.sequences), request.tokens
             if request.tokens + sum(s.positions * s.candidates for s in request.sequences) < CHECK_IN_THREAD:
                 checks.check_score(request, backend.info)
             else:
@@ -186,6 +209,7 @@ class TeacherService:
                 total, landed = len(request.sequences), Landed()
                 begun = await call.within(self._scoring.begin(backend, request, caller), "nothing begun")
                 flights = begun.flights
+                call.trace.known = len(begun.known)
                 try:
                     for index, flight in flights.items():
                         flight.task.add_done_callback(functools.partial(_land, landed, index))
@@ -195,6 +219,7 @@ class TeacherService:
                         reading = self._scoring.read(backend, request, batch)
                         found = await call.within(reading, f"{total} sequences not all read")
                         self._scoring.count_read(request, list(found), caller)
+                        call.trace.known += len(found)
                         for index in batch:
                             if index in found:
                                 yield index, found.pop(index)
@@ -205,7 +230,10 @@ class TeacherService:
                         missing = f"{len(flights)} of {total} sequences unanswered"
                         index, task = await call.within(landed.get(), missing)
                         # What has been handed over is let go of: hidden states are large.
-                        self._scoring.leave(flights.pop(index))
+                        flight = flights.pop(index)
+                        self._scoring.leave(flight)
+                        if flight.unit.part is not None:
+                            call.trace.parts.append(flight.unit.part)
                         yield index, task.result()
                         hold.release(index)
                 finally:
@@ -238,6 +266,7 @@ class TeacherService:
                 checks.check_prompt(index, prompts[-1], max_tokens, info)
                 await asyncio.sleep(0)
             checks.check_request_tokens(sum(len(ids) for ids in prompts), info)
+            call.trace.sequences, call.trace.tokens = len(prompts), sum(map(len, prompts))
             costs = [self._cost(len(ids), request, mode) for ids, mode in zip(prompts, modes, strict=True)]
             self._open_backend()
             units = self._scheduler.admit(self._generate_lane, caller.name, costs, caller.weight)
@@ -255,6 +284,7 @@ class TeacherService:
                     yield deltas
             finally:
                 await merged.close()
+                call.trace.parts += [unit.part for unit in units if unit.part is not None]
 
     def _cost(self, prompt_tokens: int, request: GenerateRequest, mode: Mode | None) -> Cost:
         """What a prompt and its completions are expected to take; each has a row's part of the room at least."""
@@ -271,6 +301,41 @@ class TeacherService:
         """Tokens of work admitted and not finished, of each client that has some."""
         return self._scheduler.tokens_by_client
 
+    async def status(self) -> Status:
+        """What people are shown."""
+        reason = await self.why_not_ready()
+        settings, live, metrics = self.settings, self.live, self.metrics
+        info = self._backend.info if self._backend is not None and not reason else self._last_info
+        return Status(
+            now=time.time(),
+            up_s=time.monotonic() - self._since,
+            state=reason or "ready",
+            ready=not reason,
+            name=info.name if info else "",
+            engine=info.engine if info else "",
+            dtype=info.dtype if info else "",
+            quantization=info.quantization if info else "",
+            fingerprint=info.fingerprint if info else "",
+            restarts=int(metrics.engine_restarts._value.get()),
+            last_step_s=live.last_step_s(),
+            steps=live.steps(),
+            rates=live.rates,
+            history=live.history,
+            queue_tokens=self._scheduler.tokens,
+            queue_tokens_limit=settings.queue_tokens,
+            queue_sequences=self._scheduler.units,
+            queue_sequences_limit=settings.queue_sequences,
+            submitted_tokens={"score": self._score_lane.submitted, "generate": self._generate_lane.submitted},
+            sequences=dict(live.sequences),
+            cache_bytes=self._scoring.cache_bytes,
+            cache_limit=settings.cache_bytes if settings.cache else 0,
+            disk_bytes=self._disk.nbytes if self._disk else 0,
+            disk_limit=settings.disk_bytes if self._disk else 0,
+            latency=live.latency(),
+            clients=live.clients(self.load_by_client()),
+            errors=live.errors,
+        )
+
     async def _complete(
         self,
         backend: Backend,
@@ -284,18 +349,25 @@ class TeacherService:
     ) -> None:
         """Produces one prompt's deltas once it is its turn, and charges the client for what they really are."""
         await unit.turn
-        name = mode.value if mode else "none"
-        self.metrics.queue_seconds.labels("generate").observe(self._scheduler.waited(unit))
-        self.metrics.prompt_tokens.labels(name).inc(len(prompt_ids))
+        name, label = mode.value if mode else "none", self.metrics.clients.of(caller.name)
+        waited, turn_at = self._scheduler.waited(unit), time.time()
+        self.metrics.queue_seconds.labels(label, "generate").observe(waited)
+        self.metrics.prompt_tokens.labels(label, name).inc(len(prompt_ids))
+        generated = self.metrics.generated_tokens.labels(label, name)
         usage = self.usage.of(caller.name)
         usage.prompt_tokens += len(prompt_ids)
         tokens = [0] * request.n
         self._scheduler.spend(unit, len(prompt_ids))
-        async for delta in complete(backend, request, index, prompt_ids, mode):
-            self.metrics.generated_tokens.labels(name).inc(len(delta.token_ids))
-            tokens[delta.sample_index] += len(delta.token_ids)
-            usage.generated_tokens += len(delta.token_ids)
-            self._scheduler.spend(unit, len(prompt_ids) + sum(tokens))
-            if delta.finish_reason is not None:
-                self._lengths.observe(mode, tokens[delta.sample_index], request.sampling.max_tokens)
-            merged.put(delta)
+        try:
+            async for delta in complete(backend, request, index, prompt_ids, mode):
+                generated.inc(len(delta.token_ids))
+                tokens[delta.sample_index] += len(delta.token_ids)
+                usage.generated_tokens += len(delta.token_ids)
+                self._scheduler.spend(unit, len(prompt_ids) + sum(tokens))
+                if delta.finish_reason is not None:
+                    self._lengths.observe(mode, tokens[delta.sample_index], request.sampling.max_tokens)
+                merged.put(delta)
+        finally:
+            now = time.time()
+            unit.part = Part(turn_at - waited, turn_at, now, caller.request_id, len(prompt_ids) + sum(tokens))
+            self.metrics.engine_seconds.labels(label, "generate").observe(max(0.0, now - turn_at))

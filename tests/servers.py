@@ -52,10 +52,10 @@ class Server:
         self.loop.call_soon_threadsafe(function)
 
     def metric(self, name: str, **labels: str) -> float:
-        """One number of /metrics; 0 where it does not exist yet."""
+        """The sum of a metric's numbers that have these labels; 0 where there is none yet."""
         text = httpx.get(f"{self.http}/metrics", headers=bearer(self.key)).text
         inside = "".join(rf'(?=[^}}]*\b{key}="{value}")' for key, value in labels.items())
-        pattern = rf"^{name}{{{inside}[^}}]*}} (\S+)$" if labels else rf"^{name} (\S+)$"
+        pattern = rf"^{name}{{{inside}[^}}]*}} (\S+)$" if labels else rf"^{name}(?:{{[^}}]*}})? (\S+)$"
         return sum(float(value) for value in re.findall(pattern, text, re.MULTILINE))
 
 

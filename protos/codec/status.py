@@ -29,8 +29,8 @@ GRPC_NUMBERS = {
 """Numbers of google.rpc.Code for the names in the error table."""
 
 
-def encode_error(error: errors.TeacherError) -> status_pb2.Status:
-    """google.rpc.Status with ErrorInfo (reason, domain, index) and RetryInfo where there is a delay."""
+def encode_error(error: errors.TeacherError, request_id: str = "") -> status_pb2.Status:
+    """google.rpc.Status with ErrorInfo (reason, domain, index), RequestInfo, and RetryInfo where there is a delay."""
     status = status_pb2.Status(code=GRPC_NUMBERS[error.grpc_code], message=error.message)
     metadata = {} if error.index is None else {"index": str(error.index)}
     info = error_details_pb2.ErrorInfo(reason=error.reason, domain=errors.DOMAIN, metadata=metadata)
@@ -39,15 +39,19 @@ def encode_error(error: errors.TeacherError) -> status_pb2.Status:
         delay = Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+    if request_id:
+        status.details.add().Pack(error_details_pb2.RequestInfo(request_id=request_id))
     return status
 
 
 def decode_error(status: status_pb2.Status, grpc_code: str = "") -> errors.TeacherError:
     """The error in a google.rpc.Status; `grpc_code` is the call's own status name, for servers without details."""
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+    request = error_details_pb2.RequestInfo()
     retry_after_s: float | None = None
     for detail in status.details:
         detail.Unpack(info)
+        detail.Unpack(request)
         if detail.Unpack(retry):
             retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
     index = info.metadata.get("index", "")
@@ -57,6 +61,7 @@ def decode_error(status: status_pb2.Status, grpc_code: str = "") -> errors.Teach
         grpc_code=grpc_code,
         retry_after_s=retry_after_s,
         index=int(index) if index.isdigit() else None,
+        request_id=request.request_id,
     )
 
 
@@ -72,13 +77,13 @@ def frame(data: bytes) -> bytes:
     return len(data).to_bytes(4, "little") + data
 
 
-def frame_error(error: errors.TeacherError) -> bytes:
+def frame_error(error: errors.TeacherError, request_id: str = "") -> bytes:
     """The last frame of a stream that fails after it began, when the HTTP status 200 has been sent already.
 
     Its length word has the bit `ERROR_FRAME` set; the bytes are `encode_error(error)` serialised. An error before the
     first frame is no frame: it is the HTTP status and its problem details.
     """
-    data: bytes = encode_error(error).SerializeToString()
+    data: bytes = encode_error(error, request_id).SerializeToString()
     return (len(data) | ERROR_FRAME).to_bytes(4, "little") + data
 
 

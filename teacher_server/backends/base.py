@@ -27,6 +27,7 @@ from protos.scores import (
     TeacherInfo,
 )
 from teacher_server.backends.options import BackendOptions
+from teacher_server.backends.steps import Observer
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +105,10 @@ class Backend(Protocol):
     @property
     def steps(self) -> int:
         """A number that grows with each step that the engine finishes; one that has work and does not grow it hangs."""
+        ...
+
+    def observe(self, observer: Observer) -> None:
+        """Tells `observer` of each step that ends from now on, in whatever thread; see `steps.note` too."""
         ...
 
     async def start(self) -> None:

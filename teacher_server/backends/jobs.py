@@ -15,6 +15,7 @@ from typing import Any
 from protos.errors import TeacherError
 from protos.scores import Field, Ids, Sampling, Scores, ScoreSpec, Sequence
 from teacher_server.backends.base import Piece
+from teacher_server.backends.steps import Step
 from teacher_server.backends.thinking import ThinkTags
 
 _LOG = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ class ScoreJob:
     future: asyncio.Future[Scores]
     cancelled: bool = False
     done: bool = False
+    step: Step | None = None
+    """The batch that it is or was in."""
 
     @property
     def fields(self) -> frozenset[Field]:

@@ -79,10 +79,14 @@ class SamplingLoop:
         return list({id(row.job): row.job for row in (*self._rows, *self._waiting)}.values())
 
     @torch.inference_mode()
-    def advance(self, outbox: Outbox) -> None:
-        """One prefill or one step; completed pieces go to `outbox`. Out of memory: fewer rows run from then on."""
+    def advance(self, outbox: Outbox) -> tuple[int, int]:
+        """One prefill or one step; completed pieces go to `outbox`. Out of memory: fewer rows run from then on.
+
+        How many rows, and tokens of these, it was about.
+        """
         self._drop_cancelled()
         admitted = self._admit()
+        size = (len(admitted), sum(row.length for row in admitted)) if admitted else (len(self._rows),) * 2
         try:
             if admitted:
                 self._prefill(admitted, outbox)
@@ -91,6 +95,7 @@ class SamplingLoop:
         except torch.OutOfMemoryError:
             self._shrink(admitted, outbox)
         outbox.flush()
+        return size
 
     def _drop_cancelled(self) -> None:
         if any(row.job.cancelled for row in self._waiting):

@@ -20,6 +20,7 @@ from teacher_server.backends.features import Features
 from teacher_server.backends.jobs import Outbox, ScoreJob
 from teacher_server.backends.packing import chunks
 from teacher_server.backends.readout_blocks import Kernels
+from teacher_server.backends.stopwatch import Stopwatch
 
 _Part = tuple[ScoreJob, int, int]
 """Rows first..last-1 of a job."""
@@ -36,6 +37,7 @@ class Scorer:
         self._kernels = kernels
         self._packs = packs
         self._chunk = readout.chunk_rows(vocab_size, device)
+        self._stopwatch = Stopwatch()
 
     @torch.inference_mode()
     def score(self, jobs: list[ScoreJob], outbox: Outbox) -> None:
@@ -45,6 +47,7 @@ class Scorer:
         answered by then stay so.
         """
         rows = self._forward(jobs)
+        self._stopwatch.start(self._device)
         groups: dict[tuple[ScoreSpec, frozenset[Field], int], list[ScoreJob]] = defaultdict(list)
         for job in jobs:
             groups[job.spec, job.fields, job.sequence.candidates].append(job)
@@ -61,6 +64,11 @@ class Scorer:
                         scores = readout.assemble(got.pop(id(job)))
                         outbox.score(job, TeacherFailed() if scores is None else scores)
                 outbox.flush()
+        self._stopwatch.stop()
+
+    def take_readout_s(self) -> float:
+        """Seconds of reading scores out of features since the last time that this was asked."""
+        return self._stopwatch.take()
 
     def _forward(self, jobs: list[ScoreJob]) -> dict[int, Tensor]:
         """The scored rows' features [T, W] of each job, by its identity; views of the batch.

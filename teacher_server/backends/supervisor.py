@@ -18,6 +18,7 @@ from protos.scores import Ids, Mode, Sampling, Scores, ScoreSpec, Sequence, Teac
 from teacher_server.backends.base import Backend, Piece, Room, TextCodec
 from teacher_server.backends.life import RETRY_S, Life, Patience, down
 from teacher_server.backends.options import RestartPolicy
+from teacher_server.backends.steps import Observer, nobody
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,10 +62,15 @@ class Supervised:
         self._fingerprint = ""
         self._batch_tokens = 0
         self._room = Room(0, 0)
+        self._observer: Observer = nobody
         self.gave_up = ""
         """Why it does not go on; empty while it does."""
         self.left_behind = False
         """Whether something of an engine may still run that did not end in time; only the process's end ends it."""
+
+    def observe(self, observer: Observer) -> None:
+        """Tells `observer` of the steps of each engine that is started from now on."""
+        self._observer = observer
 
     @property
     def info(self) -> TeacherInfo:
@@ -181,14 +187,13 @@ class Supervised:
         try:
             async with asyncio.timeout(self._patience.start_s) as limit:
                 self._engine = engine = await asyncio.to_thread(self._make)
+                engine.observe(self._observer)
                 await engine.start()
         except TimeoutError as error:
             if not limit.expired():
                 raise
             self._engine, self.left_behind = None, True
-            raise StartTooLong(
-                f"the start took more than the {self._patience.start_s:g} s of watch.start_s"
-            ) from error
+            raise StartTooLong(f"the start took more than the {self._patience.start_s:g} s of watch.start_s") from error
         except asyncio.CancelledError:
             self._engine, self.left_behind = None, True  # a thread that reads weights cannot be stopped
             raise

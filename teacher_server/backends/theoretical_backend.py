@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -21,6 +22,7 @@ from teacher_server.backends.base import Piece, Room, limits
 from teacher_server.backends.byte_text import ByteText
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.randomness import generator
+from teacher_server.backends.steps import Kind, Observer, Step, nobody, note
 from teacher_server.backends.theory import Array, Ring
 from teacher_server.backends.thinking import CLOSING_TEXT, ThinkBudget, ThinkTags
 
@@ -81,6 +83,11 @@ class TheoreticalBackend:
         self._down: asyncio.Event | None = None
         self._gone = self._frozen = False
         self._free_at = 0.0
+        self._observer: Observer = nobody
+
+    def observe(self, observer: Observer) -> None:
+        """Tells `observer` each time that tokens were spent."""
+        self._observer = observer
 
     @property
     def info(self) -> TeacherInfo:
@@ -133,7 +140,7 @@ class TheoreticalBackend:
         self.counters.scored += 1
         self.counters.score_order.append(len(sequence.token_ids))
         try:
-            await self._spend(sequence.token_ids, len(sequence.token_ids), self.behaviour.latency_s)
+            note(await self._spend("score", sequence.token_ids, len(sequence.token_ids), self.behaviour.latency_s))
         except asyncio.CancelledError:
             self.counters.cancelled += 1
             raise
@@ -152,9 +159,9 @@ class TheoreticalBackend:
         self.counters.generated += 1
         rows = [self._completion(prompt_ids, sampling, i) for i in range(n)]
         try:
-            await self._spend(prompt_ids, len(prompt_ids), self.behaviour.latency_s)
+            await self._spend("generate", prompt_ids, len(prompt_ids), self.behaviour.latency_s)
             while alive := [row for row in rows if row.reason is None]:
-                await self._spend(prompt_ids, len(alive), 0.0)
+                await self._spend("generate", prompt_ids, len(alive), 0.0, rows=len(alive))
                 for row in alive:
                     row.step(self.ring)
                 self.counters.new_tokens += len(alive)
@@ -196,7 +203,7 @@ class TheoreticalBackend:
         if self._down is not None:
             self._down.set()
 
-    async def _spend(self, ids: Ids, tokens: int, latency_s: float) -> None:
+    async def _spend(self, kind: Kind, ids: Ids, tokens: int, latency_s: float, rows: int = 1) -> Step:
         """Waits for its turn and its tokens; fails on purpose where the ids ask for it."""
         if self._down is None or self._down.is_set():
             raise Unavailable("the teacher's engine is down", retry_after_s=1.0)
@@ -214,7 +221,9 @@ class TheoreticalBackend:
             await _for_ever()
         loop = asyncio.get_running_loop()
         rate = asked.tokens_per_second
+        turn_in = max(0.0, self._free_at - loop.time())
         self._free_at = max(self._free_at, loop.time()) + (tokens / rate if rate else 0.0)
+        step = Step(kind, rows, tokens, time.time() + turn_in)
         wait: float | None = self._free_at - loop.time() + latency_s
         if asked.hanging_id is not None and asked.hanging_id in ids:
             wait = None
@@ -225,6 +234,8 @@ class TheoreticalBackend:
         if self._down.is_set():
             raise Unavailable("the teacher's engine is down", retry_after_s=1.0)
         self.counters.steps += 1
+        self._observer(step.end())
+        return step
 
 
 async def _for_ever() -> None:

@@ -24,6 +24,7 @@ from teacher_server.backends.lm_head import LmHead, offered
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.sampling_loop import SamplingLoop
 from teacher_server.backends.scorer import Scorer
+from teacher_server.backends.steps import Observer, nobody, note
 from teacher_server.backends.text import HuggingFaceText
 from teacher_server.backends.transformers_model import LoadedModel
 from teacher_server.backends.worker import Engine, Worker
@@ -41,6 +42,11 @@ class TransformersBackend(CheckpointFace):
         self._worker: Worker | None = None
         self._head: LmHead | None = None
         self._room = Room(0, 0)
+        self._observer: Observer = nobody
+
+    def observe(self, observer: Observer) -> None:
+        """Tells `observer` of each batch of scores and step of generation; to be called before `start`."""
+        self._observer = observer
 
     @property
     def batch_tokens(self) -> int:
@@ -59,7 +65,7 @@ class TransformersBackend(CheckpointFace):
 
     async def start(self) -> None:
         """Loads and checks the model in its thread, so that the loop can answer meanwhile."""
-        self._worker = Worker(self._make, batch_tokens=self._options.batch_tokens)
+        self._worker = Worker(self._make, batch_tokens=self._options.batch_tokens, observer=self._observer)
         await asyncio.wrap_future(self._worker.ready)
 
     def _make(self) -> Engine:
@@ -134,6 +140,7 @@ class TransformersBackend(CheckpointFace):
             return await job.future
         finally:
             job.cancelled = True
+            note(job.step)
 
     async def head(self, rows: int) -> AsyncIterator[Head]:
         """The LM head; Unsupported where the logits are not exactly its product with the hidden states."""

@@ -22,6 +22,7 @@ from teacher_server.backends import model_files, vllm_check, vllm_options
 from teacher_server.backends.base import Piece, Room, limits
 from teacher_server.backends.checkpoint_face import CheckpointFace, longest_sequence
 from teacher_server.backends.options import BackendOptions
+from teacher_server.backends.steps import Observer, nobody
 from teacher_server.backends.text import HuggingFaceText
 from teacher_server.backends.vllm_engine import MAX_TEMPERATURE, MIN_TEMPERATURE, Engine, set_environment
 from teacher_server.backends.vllm_generation import Wish, completion
@@ -42,6 +43,11 @@ class VllmBackend(CheckpointFace):
         self._version = str(vllm.__version__)
         self._engine: Engine | None = None
         self._reader: vllm_check.Reader | None = None
+        self._observer: Observer = nobody
+
+    def observe(self, observer: Observer) -> None:
+        """Tells `observer` of each step whose outputs arrive; to be called before `start`."""
+        self._observer = observer
 
     @property
     def batch_tokens(self) -> int:

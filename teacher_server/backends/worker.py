@@ -20,6 +20,7 @@ from teacher_server.backends.jobs import GenerateJob, Job, Outbox, ScoreJob
 from teacher_server.backends.packing import pack
 from teacher_server.backends.sampling_loop import SamplingLoop
 from teacher_server.backends.scorer import Scorer
+from teacher_server.backends.steps import Observer, Step, nobody
 
 _LOG = logging.getLogger(__name__)
 _GATHER_S = 0.002
@@ -45,8 +46,9 @@ class Worker:
     resolves when `make` has returned, or with its error.
     """
 
-    def __init__(self, make: Callable[[], Engine], *, batch_tokens: int) -> None:
+    def __init__(self, make: Callable[[], Engine], *, batch_tokens: int, observer: Observer = nobody) -> None:
         self._make = make
+        self._observer = observer
         self._batch_tokens = batch_tokens
         self.ready: Future[None] = Future()
         self._inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -122,15 +124,24 @@ class Worker:
         if self._batches:
             batch = [job for job in self._batches.pop(0) if not job.cancelled]
             self._active = batch
+            step = Step("score", len(batch), sum(len(job.sequence.token_ids) for job in batch))
+            for job in batch:
+                job.step = step
             self._score(engine.scorer, batch)
             self._active = []
             self.steps += 1
             self._outbox.flush()
+            if batch:
+                step.readout_s = engine.scorer.take_readout_s()
+                self._observer(step.end())
         share = time.monotonic() - began
         began = time.monotonic()
         while engine.generation.busy:
-            engine.generation.advance(self._outbox)
+            step = Step("generate", 0, 0)
+            step.sequences, step.tokens = engine.generation.advance(self._outbox)
             self.steps += 1
+            if step.tokens:
+                self._observer(step.end())
             if time.monotonic() - began >= share:
                 break
 

@@ -13,14 +13,20 @@ from teacher_server.auth import Permission
 
 @dataclass(frozen=True)
 class Access:
-    """A decision: open to everybody, else for known clients who may do `needs` (None: whoever is known)."""
+    """A decision: open to everybody, else for known clients who may do `needs` (None: whoever is known).
+
+    `browser`: a page for people, whose GET may also bring the key as the password of HTTP Basic, which browsers ask for
+    themselves. Nothing else may: a browser adds such a password to whatever any page in it sends.
+    """
 
     open: bool = False
     needs: Permission | None = None
+    browser: bool = False
 
 
 OPEN, KNOWN = Access(open=True), Access()
 SCORE, GENERATE, OBSERVE = (Access(needs=permission) for permission in Permission)
+PAGE = Access(needs=Permission.OBSERVE, browser=True)
 
 HTTP: dict[str, Access] = {
     "/health": OPEN,
@@ -32,9 +38,11 @@ HTTP: dict[str, Access] = {
     "/v1/generate": GENERATE,
     "/v1/completions": GENERATE,
     "/v1/chat/completions": GENERATE,
-    "/metrics": OBSERVE,
-    "/docs": OBSERVE,
-    "/openapi.json": OBSERVE,
+    "/": PAGE,
+    "/status": PAGE,
+    "/metrics": PAGE,
+    "/docs": PAGE,
+    "/openapi.json": PAGE,
 }
 _TEACHER = "/teacher.v1.TeacherService/"
 _HEALTH = "/grpc.health.v1.Health/"

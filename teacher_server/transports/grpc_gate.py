@@ -18,20 +18,28 @@ from grpc_status import rpc_status
 
 from protos import codec
 from protos.errors import InvalidRequest, TeacherError
-from teacher_server.auth import Authenticator, Caller
+from teacher_server import exchange
+from teacher_server.auth import Authenticator
+from teacher_server.exchange import REQUEST_ID_HEADER, Exchange
 from teacher_server.metrics import Metrics
 from teacher_server.transports import access
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
-async def abort(context: Context, error: TeacherError, caller: Caller | None = None) -> None:
-    """Ends the call with the error's status, its details, and the call's id in the trailing metadata."""
-    status = rpc_status.to_status(codec.encode_error(error))
-    trailing = tuple(status.trailing_metadata)
-    if caller is not None:
-        trailing += (("x-request-id", caller.request_id),)
+async def abort(context: Context, error: TeacherError) -> None:
+    """Ends the call with the error's status, its details, and the call's id in both."""
+    request_id = exchange.current().request_id
+    status = rpc_status.to_status(codec.encode_error(error, request_id))
+    trailing = (*status.trailing_metadata, (REQUEST_ID_HEADER, request_id))
     await context.abort(status.code, status.details, trailing)
+
+
+def _begin(context: Context) -> Exchange:
+    """A call's exchange, whose id is in the trailing metadata however the call ends."""
+    own = exchange.begin(headers_of(context.invocation_metadata()))
+    context.set_trailing_metadata(((REQUEST_ID_HEADER, own.request_id),))
+    return own
 
 
 def headers_of(metadata: Any) -> Mapping[str, str]:
@@ -64,22 +72,23 @@ class Gate(grpc.aio.ServerInterceptor):
                 self._metrics.refused.labels("grpc", error.reason).inc()
                 return _refusing(error)
         handler = await continuation(details)
-        return None if handler is None else _checked(handler)
+        return None if handler is None else _checked(handler, self._metrics)
 
 
 def _refusing(error: TeacherError) -> Any:
     """A handler that reads nothing, whatever kind of method was called."""
 
     async def refuse(_requests: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
+        _begin(context)
         await abort(context, error)
         yield b""
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
 
-def _checked(handler: Any) -> Any:
-    """The handler, with InvalidRequest instead of UNKNOWN for bytes that are no message of the method's type."""
-    parse = handler.request_deserializer
+def _checked(handler: Any, metrics: Metrics) -> Any:
+    """The handler in an exchange, with InvalidRequest instead of UNKNOWN for bytes that are no message of its type."""
+    parse, serialize = handler.request_deserializer, handler.response_serializer
     make = {
         (False, False): grpc.unary_unary_rpc_method_handler,
         (False, True): grpc.unary_stream_rpc_method_handler,
@@ -91,12 +100,19 @@ def _checked(handler: Any) -> Any:
         return handler
     wrap = _stream if handler.response_streaming else _unary
     convert = _messages if handler.request_streaming else _message
-    return make(functools.partial(wrap, inner, functools.partial(convert, parse)), None, handler.response_serializer)
+    behaviour = functools.partial(wrap, inner, functools.partial(convert, parse), metrics)
+    return make(behaviour, None, functools.partial(_serialized, serialize))
+
+
+def _serialized(serialize: Callable[[Any], bytes], message: Any) -> bytes:
+    with exchange.current().writing():
+        return serialize(message)
 
 
 def _message(parse: Callable[[bytes], Any], data: bytes) -> Any:
     try:
-        return parse(data)
+        with exchange.current().reading():
+            return parse(data)
     except DecodeError as error:
         raise InvalidRequest(f"what came with {len(data)} bytes is not a message of this method") from error
 
@@ -106,17 +122,23 @@ async def _messages(parse: Callable[[bytes], Any], requests: AsyncIterator[bytes
         yield _message(parse, data)
 
 
-async def _unary(inner: Any, convert: Any, request: Any, context: Context) -> Any:
+async def _unary(inner: Any, convert: Any, metrics: Metrics, request: Any, context: Context) -> Any:
+    own = _begin(context)
     try:
         return await inner(convert(request), context)
     except TeacherError as error:
         await abort(context, error)
+    finally:
+        metrics.count_bytes(own)
 
 
-async def _stream(inner: Any, convert: Any, request: Any, context: Context) -> AsyncIterator[Any]:
+async def _stream(inner: Any, convert: Any, metrics: Metrics, request: Any, context: Context) -> AsyncIterator[Any]:
+    own = _begin(context)
     try:
         async with aclosing(inner(convert(request), context)) as answers:
             async for answer in answers:
                 yield answer
     except TeacherError as error:
         await abort(context, error)
+    finally:
+        metrics.count_bytes(own)

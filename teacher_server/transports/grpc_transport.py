@@ -21,6 +21,7 @@ from protos.scores import GenerateRequest, ScoreRequest
 from protos.teacher.v1 import teacher_pb2_grpc
 from teacher_server.auth import Authenticator, Caller
 from teacher_server.config_sections import LimitsConfig
+from teacher_server.exchange import current
 from teacher_server.service import TeacherService
 from teacher_server.transports.grpc_gate import Context, Gate, abort, address, headers_of
 from teacher_server.transports.grpc_health import HealthServicer
@@ -46,7 +47,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     def _caller(self, context: Context) -> Caller:
         client = self._authenticator.identify(headers_of(context.invocation_metadata()), address(context.peer()))
-        return Caller(client.name, "grpc", context.time_remaining(), label=client.label, weight=client.weight)
+        return Caller.of(client, "grpc", context.time_remaining())
 
     async def GetTeacher(self, request: Any, context: Context) -> Any:
         """See TeacherService.GetTeacher."""
@@ -58,30 +59,30 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     async def Score(self, request_iterator: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         """See TeacherService.Score."""
-        caller = None
         try:
             caller = self._caller(context)
             with self._service.decoding("score", caller):
                 call = await self._read_score(request_iterator)
             async with aclosing(self._service.score(call, caller)) as results:
                 async for index, scores in results:
-                    for response in codec.encode_scores(index, scores):
+                    for response in caller.exchange.written(codec.encode_scores(index, scores)):
                         yield response
         except TeacherError as error:
-            await abort(context, error, caller)
+            await abort(context, error)
 
     async def Generate(self, request: Any, context: Context) -> AsyncIterator[Any]:
         """See TeacherService.Generate."""
-        caller = None
         try:
             caller = self._caller(context)
             with self._service.decoding("generate", caller):
                 call = self._read_generate(request)
             async with aclosing(self._service.generate(call, caller)) as results:
                 async for deltas in results:
-                    yield codec.encode_deltas(deltas)
+                    with caller.exchange.writing():
+                        message = codec.encode_deltas(deltas)
+                    yield message
         except TeacherError as error:
-            await abort(context, error, caller)
+            await abort(context, error)
 
     async def _read_score(self, messages: AsyncIterator[Any]) -> ScoreRequest:
         """The messages of a call as one, which must come in time."""
@@ -93,27 +94,31 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                     async for message in messages:
                         received += message.ByteSize()
                         add(message.ByteSize())
-                        reader.add(message)
+                        with current().reading():
+                            reader.add(message)
                         limit.reschedule(began + self._reading.seconds(received))
             except TimeoutError as error:
                 raise self._reading.too_slow(received) from error
-            return reader.finish()
+            with current().reading():
+                return reader.finish()
 
     def _read_generate(self, message: Any) -> GenerateRequest:
         with self._reading.hold() as add:
             add(message.ByteSize())
-            return codec.decode_generate_request(message)
+            with current().reading():
+                return codec.decode_generate_request(message)
 
     async def GetHead(self, request: Any, context: Context) -> AsyncIterator[Any]:
         """See TeacherService.GetHead."""
-        caller = None
         try:
             caller = self._caller(context)
             async with aclosing(self._service.head(request.fingerprint, caller)) as parts:
                 async for part in parts:
-                    yield codec.encode_head(part)
+                    with caller.exchange.writing():
+                        message = codec.encode_head(part)
+                    yield message
         except TeacherError as error:
-            await abort(context, error, caller)
+            await abort(context, error)
 
 
 class GrpcTransport:

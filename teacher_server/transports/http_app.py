@@ -20,7 +20,15 @@ from teacher_server.auth import TrustingAuthenticator
 from teacher_server.config_sections import LimitsConfig
 from teacher_server.metrics import Metrics
 from teacher_server.service import ServiceSettings, TeacherService
-from teacher_server.transports import docs_page, http_transport, openai_api, openai_schemas, problems, schemas
+from teacher_server.transports import (
+    docs_page,
+    http_transport,
+    live_page,
+    openai_api,
+    openai_schemas,
+    problems,
+    schemas,
+)
 from teacher_server.transports.http_gate import Gate, RequestIds
 from teacher_server.transports.reading import Reading
 
@@ -41,12 +49,18 @@ def create_app(http: http_transport.Http) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.openapi = _openapi(app)  # type: ignore[method-assign]
 
+    document, headers = live_page.page()
+
+    @app.get("/", include_in_schema=False)
+    async def live() -> HTMLResponse:
+        return HTMLResponse(document, headers=headers)
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
         return HTMLResponse(docs_page.render(app.openapi()))
 
     app.add_middleware(Gate, authenticator=http.authenticator, metrics=http.service.metrics)
-    app.add_middleware(RequestIds)
+    app.add_middleware(RequestIds, metrics=http.service.metrics)
     return app
 
 
@@ -60,7 +74,11 @@ def describe_routes() -> list[tuple[str, str, str]]:
         (method.upper(), path, route["description"])
         for path, methods in document["paths"].items()
         for method, route in methods.items()
-    ] + [("GET", "/docs", "The routes as a page."), ("GET", "/openapi.json", "The routes for programs.")]
+    ] + [
+        ("GET", "/", "A live page for people."),
+        ("GET", "/docs", "The routes as a page."),
+        ("GET", "/openapi.json", "The routes for programs."),
+    ]
 
 
 async def _teacher_error(request: Request, error: TeacherError) -> Response:

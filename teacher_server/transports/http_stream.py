@@ -6,7 +6,7 @@ It knows no route and no message.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from protos.errors import TeacherError, TooLarge
+from teacher_server.exchange import current
 
 Item = TypeVar("Item")
 
@@ -91,13 +92,20 @@ async def stream(
         await items.aclose()
         raise
 
+    own = current()
+
+    def encoded(item: Item) -> Iterator[bytes]:
+        with own.writing():  # what is no generator is made now
+            parts = encode(item)
+        return own.written(parts)
+
     async def body() -> AsyncIterator[bytes]:
         try:
             for item in first:
-                for data in encode(item):
+                for data in encoded(item):
                     yield data
             async for item in items:
-                for data in encode(item):
+                for data in encoded(item):
                     yield data
             for data in last():
                 yield data

@@ -7,6 +7,7 @@ protobuf call is one message in; its answer is a stream of frames (see protos/co
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
@@ -23,6 +24,7 @@ from teacher_server import checks
 from teacher_server.auth import Authenticator, Caller, Client
 from teacher_server.calls import RETRY_S
 from teacher_server.config_sections import LimitsConfig
+from teacher_server.exchange import current
 from teacher_server.service import TeacherService
 from teacher_server.transports import problems, schemas
 from teacher_server.transports.completions import collect
@@ -71,7 +73,8 @@ async def off_loop(size: int, work: Callable[[], Item]) -> Item:
 
 def json_response(content: Any) -> Response:
     """A JSON answer, encoded once; FastAPI's own encoder is ten times slower on long lists."""
-    return json_text(json.dumps(content, allow_nan=False))
+    with current().writing():
+        return json_text(json.dumps(content, allow_nan=False))
 
 
 def json_text(content: str) -> Response:
@@ -112,7 +115,7 @@ class Http:
             seconds = -1.0
         if seconds is not None and not 0 <= seconds < float("inf"):
             raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number of seconds, got {timeout!r}")
-        return Caller(client.name, transport, seconds, request.state.request_id, client.label, client.weight)
+        return Caller.of(client, transport, seconds)
 
     @asynccontextmanager
     async def body(self, request: Request, kind: Kind = "json") -> AsyncIterator[bytes]:
@@ -126,7 +129,7 @@ class Http:
     async def parsed(self, request: Request, model: type[Model]) -> Model:
         """The model of a JSON body."""
         async with self.body(request) as body:
-            return await off_loop(len(body), lambda: parse(model, body))
+            return await off_loop(len(body), current().reads(lambda: parse(model, body)))
 
 
 def make_router(http: Http) -> APIRouter:
@@ -150,18 +153,19 @@ def make_router(http: Http) -> APIRouter:
         if kind == "protobuf":
             with service.decoding("score", caller):
                 async with http.body(request, kind) as body:
-                    call = await off_loop(len(body), lambda: _score_request(body, http.max_request_bytes))
+                    read = caller.exchange.reads(lambda: _score_request(body, http.max_request_bytes))
+                    call = await off_loop(len(body), read)
             return await stream(
                 request,
                 service.score(call, caller),
                 lambda item: (codec.frame(m.SerializeToString()) for m in codec.encode_scores(*item)),
                 media_type=PROTOBUF,
-                on_error=codec.frame_error,
+                on_error=lambda error: codec.frame_error(error, caller.request_id),
             )
         with service.decoding("score", caller):
             async with http.body(request) as body:
                 info, text = service.teacher(), service.text  # now: later the server may be draining
-                call = await off_loop(len(body), lambda: _score_call(service, body))
+                call = await off_loop(len(body), caller.exchange.reads(lambda: _score_call(service, body)))
             if Field.HIDDEN_STATES in call.spec.want:
                 raise Unsupported(f"hidden_states are too large for JSON; send the call as {PROTOBUF}")
             numbers = schemas.answer_numbers(call)
@@ -176,7 +180,7 @@ def make_router(http: Http) -> APIRouter:
             sequences = (schemas.scored(one, i, scores[i], text.decode) for i, one in enumerate(call.sequences))
             return f'{{"fingerprint": {json.dumps(info.fingerprint)}, "sequences": [{", ".join(sequences)}]}}'
 
-        return json_text(await off_loop(numbers, answer))
+        return json_text(await off_loop(numbers, caller.exchange.writes(answer)))
 
     @router.post("/v1/generate", response_model=schemas.GenerateAnswer, openapi_extra=_body("GenerateBody"))
     async def generate(request: Request) -> Response:
@@ -185,13 +189,14 @@ def make_router(http: Http) -> APIRouter:
         if kind == "protobuf":
             with service.decoding("generate", caller):
                 async with http.body(request, kind) as body:
-                    call = await off_loop(len(body), lambda: codec.decode_generate_request_bytes(body))
+                    read = caller.exchange.reads(lambda: codec.decode_generate_request_bytes(body))
+                    call = await off_loop(len(body), read)
             return await stream(
                 request,
                 service.generate(call, caller),
                 lambda deltas: [codec.frame(codec.encode_deltas(deltas).SerializeToString())],
                 media_type=PROTOBUF,
-                on_error=codec.frame_error,
+                on_error=lambda error: codec.frame_error(error, caller.request_id),
             )
         with service.decoding("generate", caller):
             info = service.teacher()
@@ -216,12 +221,13 @@ def make_router(http: Http) -> APIRouter:
     @router.get("/v1/head", response_class=Response, openapi_extra=_binary_answer())
     async def get_head(request: Request, fingerprint: str = "") -> Response:
         """The LM head over the real vocabulary, as frames of teacher.v1.GetHeadResponse; see hidden_states."""
+        caller = http.caller(request)
         return await stream(
             request,
-            service.head(fingerprint, http.caller(request)),
+            service.head(fingerprint, caller),
             lambda part: [codec.frame(codec.encode_head(part).SerializeToString())],
             media_type=PROTOBUF,
-            on_error=codec.frame_error,
+            on_error=lambda error: codec.frame_error(error, caller.request_id),
         )
 
     @router.get("/health", tags=["operation"])
@@ -237,9 +243,15 @@ def make_router(http: Http) -> APIRouter:
             raise Unavailable(f"{reason}; retry later", retry_after_s=RETRY_S)
         return PlainTextResponse("ready\n")
 
+    @router.get("/status", tags=["operation"])
+    async def status() -> dict[str, Any]:
+        """What the page at / and `python -m teacher_server top` show: clients, rates, queue, engine, last errors."""
+        return dataclasses.asdict(await service.status())
+
     @router.get("/metrics", tags=["operation"])
     async def metrics() -> Response:
         """Numbers in Prometheus' text format."""
+        service.metrics.ready.set(not await service.why_not_ready())
         return Response(service.metrics.text(), headers={"content-type": service.metrics.content_type})
 
     return router

@@ -75,7 +75,7 @@ def test_a_server_that_starts_again_knows_what_it_knew(tmp_path: Path, kind: str
     with keeping(tmp_path, memory_mib=0) as server, client(server, kind) as wire:
         for epoch in (1, 2):
             assert same(wire.score(data()), computed)
-            assert server.metric("teacher_disk_tokens_total") == epoch * TOKENS
+            assert server.metric("teacher_cached_tokens_total", tier="disk") == epoch * TOKENS
         assert server.metric("teacher_disk_bytes") > 0
         assert server.backend.counters.score_tokens == 0
 

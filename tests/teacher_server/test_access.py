@@ -102,7 +102,9 @@ def test_without_a_known_key_every_route_but_health_is_refused(locked: Server, k
             assert response.status_code in (200, 405), path
             continue
         assert response.status_code == 401, (path, response.text)
-        assert response.headers["www-authenticate"] == "Bearer"
+        asked = response.headers["www-authenticate"]
+        assert asked.startswith("Bearer")
+        assert ("Basic" in asked) == (access.of_path(path).browser and method in ("GET", "HEAD")), path
         if method != "HEAD":
             assert response.json()["reason"] == "UNAUTHENTICATED"
     for path in ("/nothing", "/health/", "//health", "/HEALTH"):
@@ -125,6 +127,22 @@ def test_a_key_opens_what_it_may_and_nothing_else(locked: Server, may: str) -> N
     for name in sorted(methods(locked)):
         needs = access.of_method(name).needs
         assert (status(locked, name, key) == "PERMISSION_DENIED") == (needs is not None and needs.value != may), name
+
+
+def test_a_browser_brings_a_key_as_a_password_to_pages_and_nowhere_else(locked: Server) -> None:
+    def ask(method: str, path: str, key: str) -> httpx.Response:
+        return httpx.request(method, f"{locked.http}{path}", auth=("anyone", key), timeout=60)
+
+    for method, path in sorted(routes(locked)):
+        page = access.of_path(path).browser and method in ("GET", "HEAD")
+        status = ask(method, path, KEYS["observe"][0]).status_code
+        assert (status == 401) == (not page and not access.of_path(path).open), (method, path)
+        if page:
+            assert status == 200, path
+            assert ask(method, path, KEYS["score"][0]).status_code == 403, path
+            assert ask(method, path, STRANGER).status_code == 401, path
+    for nonsense in ("Basic", "Basic ?", "Basic /w==", "Basic Og=="):
+        assert httpx.get(f"{locked.http}/", headers={"authorization": nonsense}).status_code == 401
 
 
 def test_what_is_not_there_is_told_to_known_clients_alone(locked: Server) -> None:
