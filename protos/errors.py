@@ -47,6 +47,12 @@ class TeacherError(Exception):
     def __str__(self) -> str:
         return f"{self.message} (request {self.request_id})" if self.request_id else self.message
 
+    def reworded(self, message: str, *, index: int | None) -> TeacherError:
+        """The same error in other words, of another sequence or prompt."""
+        other = type(self)(message, retry_after_s=self.retry_after_s, index=index)
+        other.request_id = self.request_id
+        return other
+
     @property
     def reason(self) -> str:
         """The class name in upper snake case, as ErrorInfo carries it: `TooLarge` -> `TOO_LARGE`."""

@@ -20,7 +20,7 @@ from teacher_server.backends.options import (
     Quantization,
     RestartPolicy,
 )
-from teacher_server.config_sections import CacheConfig, LimitsConfig, TlsConfig, WatchConfig
+from teacher_server.config_sections import CacheConfig, LimitsConfig, TlsConfig, TracesConfig, WatchConfig
 
 
 class VllmConfig(BaseModel):
@@ -110,6 +110,10 @@ class ServerConfig(BaseModel):
     """File to write once calls are answered: one JSON object with the addresses and the process id."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What goes to the log on standard error."""
+    log_format: Literal["plain", "json"] = "plain"
+    """Lines for people, or one JSON object a line, with the fields of each call."""
+    traces: TracesConfig = TracesConfig()
+    """OpenTelemetry traces of calls."""
 
     @model_validator(mode="after")
     def _refuse_an_open_door(self) -> ServerConfig:

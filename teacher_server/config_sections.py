@@ -95,3 +95,12 @@ class WatchConfig(Section):
     the server is not ready."""
     start_s: float = Field(default=7200.0, gt=0)
     """Seconds that an engine's start may take, reading the weights included."""
+
+
+class TracesConfig(Section):
+    """OpenTelemetry traces; they need `strong2weak[otel]`."""
+
+    endpoint: str | None = None
+    """Where spans go by OTLP over HTTP, such as http://localhost:4318/v1/traces; unset, nothing is traced."""
+    ratio: float = Field(default=1.0, ge=0, le=1)
+    """Share of the calls without a trace of their own that begin one; those with one are traced as it says."""

@@ -13,6 +13,7 @@ from teacher_server.app import App, StartError
 from teacher_server.backends.base import Backend
 from teacher_server.config import ServerConfig
 from teacher_server.leftovers import end_processes
+from teacher_server.logs import JsonLines, PlainLines, name_request
 from teacher_server.settings import render
 
 log = logging.getLogger(__name__)
@@ -25,9 +26,10 @@ LEFTOVERS_S = 10.0
 
 def run(config: ServerConfig, make: Callable[[], Backend] | None = None) -> int:
     """The exit code of a server that ran to its end, on the backend that the settings name or that `make` gives."""
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname).1s %(name)s: %(message)s", stream=sys.stderr
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if config.log_format == "json" else PlainLines())
+    handler.addFilter(name_request)
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "uvicorn"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else anybody's nonsense is a line of the log

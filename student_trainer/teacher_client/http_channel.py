@@ -165,4 +165,5 @@ def problem_error(status: int, headers: httpx.Headers, body: bytes) -> errors.Te
         http_status=status,
         retry_after_s=retry_after_s,
         index=index if isinstance(index, int) else None,
+        request_id=headers.get("x-request-id", ""),
     )

@@ -234,9 +234,7 @@ class Replicas:
         if delay == 0 and len(usable) > 1 and remaining > 0:
             return
         if remaining <= 0:
-            raise type(error)(
-                f"{error.message}; waited {waited:.0f} s", retry_after_s=error.retry_after_s, index=error.index
-            ) from error
+            raise error.reworded(f"{error.message}; waited {waited:.0f} s", index=error.index) from error
         if self._on_wait is not None:
             where = f"{replica.transport.address}: " if replica is not None else ""
             self._on_wait(f"{where}{error.message}; waiting, {waited:.0f} s of {self._patience_s:.0f} s")

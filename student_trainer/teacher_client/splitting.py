@@ -84,7 +84,7 @@ def renumbered(error: errors.TeacherError, indexes: Sequence[int]) -> errors.Tea
     if local is None or not 0 <= local < len(indexes) or indexes[local] == local:
         return error
     message = re.sub(rf"\b(sequence|prompt) {local}\b", rf"\g<1> {indexes[local]}", error.message)
-    return type(error)(message, retry_after_s=error.retry_after_s, index=indexes[local])
+    return error.reworded(message, index=indexes[local])
 
 
 def _ranges(sizes: Iterable[int], most: int, count: int) -> list[range]:
