@@ -176,6 +176,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="overlap-") as work:
             result = Bench(Path(work), options.steps).measure(options.rounds)
     if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(report.text(result))
     if options.page:

@@ -16,6 +16,7 @@ from pathlib import Path
 from protos.scores import Scores, ScoreSpec, Sequence
 from teacher_server.backends.transformers_backend import TransformersBackend
 from teacher_server.config import ServerConfig
+from teacher_server.config_sections import CacheConfig
 from teacher_server.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +57,8 @@ def main() -> int:
     rate, ready = float(sys.argv[1]), sys.argv[2]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     model = str(ROOT / "tiny_pair" / "teacher")
-    config = ServerConfig(model=model, dtype="float32", grpc_port=0, http_port=0, cache=False, ready_file=ready)
+    cache = CacheConfig(enabled=False)
+    config = ServerConfig(model=model, dtype="float32", grpc_port=0, http_port=0, cache=cache, ready_file=ready)
     return run(config, lambda: PacedBackend(config, rate))
 
 
