@@ -41,7 +41,13 @@ def teacher(plan: Plan, model: Path, work: Path) -> Iterator[Server]:
     """`python -m teacher_server` on the model, with its cache off."""
     ready, log = work / "ready.json", work / "teacher_server.log"
     command = ["-m", "teacher_server", "--backend", plan.backend, "--model", str(model), "--dtype", plan.dtype]
-    command += ["--max-sequence-tokens", str(plan.load.tokens), "--batch-tokens", str(plan.batch_tokens), "--no-cache-enabled"]
+    command += [
+        "--max-sequence-tokens",
+        str(plan.load.tokens),
+        "--batch-tokens",
+        str(plan.batch_tokens),
+        "--no-cache-enabled",
+    ]
     command += ["--grpc-port", "0", "--http-port", "0", "--ready-file", str(ready)]
     if plan.backend == "vllm":
         command += ["--vllm-engine-args", json.dumps(plan.engine_args)]
