@@ -13,6 +13,7 @@ function number(value) {
 }
 const seconds = (value) => value === null ? "–" : value < 10 ? value.toFixed(3) : value.toFixed(1);
 const share = (value) => value === null ? "–" : Math.round(100 * value) + " %";
+const both = (latency) => latency.calls ? seconds(latency.p50) + ", " + seconds(latency.p99) : "–";
 const bytes = (value) => value < 2 ** 30 ? (value / 2 ** 20).toFixed(0) + " MiB" : (value / 2 ** 30).toFixed(1) + " GiB";
 function ago(value) {
   if (value < 2) return "now";
@@ -51,18 +52,19 @@ function rows(id, columns, found, none) {
 function chart(history) {
   const top = Math.max(1, ...history.flatMap((one) => [one.scored, one.generated, one.cached]));
   const slots = 119;
-  const lines = ["cached", "generated", "scored"].map((name) => {
+  const x = (i) => (600 * (slots - history.length + 1 + i) / slots).toFixed(1);
+  const path = (name, kind, end) => {
     const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    const points = history.map((one, i) => {
-      const x = 600 * (slots - history.length + 1 + i) / slots;
-      return x.toFixed(1) + "," + (118 - 108 * one[name] / top).toFixed(1);
-    });
-    line.setAttribute("class", name);
-    line.setAttribute("d", points.length ? "M" + points.join("L") : "");
+    const points = history.map((one, i) => x(i) + "," + (119 - 118 * one[name] / top).toFixed(1));
+    line.setAttribute("class", kind);
+    line.setAttribute("d", points.length ? "M" + points.join("L") + end : "");
     return line;
-  });
-  at("chart").replaceChildren(...lines);
-  put("chart-top", history.length ? "top " + number(top) : "");
+  };
+  at("chart").replaceChildren(
+    path("scored", "area", "L600,120L" + x(0) + ",120Z"),
+    ...["cached", "generated", "scored"].map((name) => path(name, name, "")),
+  );
+  put("chart-top", history.length ? number(top) : "");
 }
 
 function client(one) {
@@ -71,8 +73,7 @@ function client(one) {
     kind: one.in_flight || one.idle_s < 30 ? "" : "idle",
     cells: [
       name, one.in_flight, number(one.waiting_tokens), number(one.rates.scored), number(one.rates.generated),
-      number(one.rates.cached), share(one.known_share), seconds(one.score.p50), seconds(one.score.p99),
-      seconds(one.generate.p50), number(one.calls), { text: number(one.failed), kind: one.failed ? "bad" : "" },
+      number(one.rates.cached), share(one.known_share), both(one.score), both(one.generate), number(one.calls), { text: number(one.failed), kind: one.failed ? "bad" : "" },
       ago(one.idle_s),
     ],
   };
@@ -88,11 +89,11 @@ function show(s) {
   for (const name of ["scored", "generated", "cached"]) put(name, number(s.rates[name]));
   put("calls", number(s.clients.reduce((sum, one) => sum + one.in_flight, 0)));
   put("queue", number(s.queue_tokens));
-  put("queue-limit", "tokens of " + number(s.queue_tokens_limit) + ", " + number(s.queue_sequences) + " sequences");
+  put("queue-limit", "of " + number(s.queue_tokens_limit) + " tokens");
   const all = Object.values(s.sequences).reduce((sum, one) => sum + one, 0);
   put("hits", all ? share(1 - (s.sequences.engine || 0) / all) : "–");
   chart(s.history);
-  rows("clients", 13, s.clients.map(client), "Nobody has called yet.");
+  rows("clients", 12, s.clients.map(client), "Nobody has called yet.");
   rows("latency", 5, Object.entries(s.latency).map(([name, one]) => (
     { cells: [name, seconds(one.p50), seconds(one.p90), seconds(one.p99), number(one.calls)] })), "");
   const restarts = s.restarts ? s.restarts + (s.restarts === 1 ? " restart" : " restarts") : "no restarts";
