@@ -27,7 +27,7 @@ from .checkpoints import Layout, put, rotate, write_about
 from .errors import Interrupted, UserError, is_disk_full
 from .manifest import size_of
 from .model_card import model_card
-from .sharding import ShardingTrainer
+from .sharding import ShardingTrainer, loading_alone
 from .stopping import Stopper
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class SavingTrainer(ShardingTrainer):
         about = self._about(self.state.global_step, measured)
 
         def describe() -> None:
-            self._complete(staging)
+            with loading_alone():
+                self._complete(staging)
             (staging / "README.md").write_text(model_card(about), encoding="utf-8")
 
         trouble = self._put(lambda: self.save_model(str(staging), _internal_call=True), describe, folder, about)

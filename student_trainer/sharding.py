@@ -62,6 +62,23 @@ def _unsharded(model: Any) -> Iterator[None]:
             module.reshard()
 
 
+@contextmanager
+def loading_alone() -> Iterator[None]:
+    """One process may load a model while ZeRO-3 trains another: else transformers would load it in shards, and wait
+    for the other processes.
+    """
+    from transformers.integrations import deepspeed
+
+    noted = deepspeed._hf_deepspeed_config_weak_ref
+    config = noted() if noted is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
+
+
 class _RememberEngine(TrainerCallback):  # type: ignore[misc]
     """Notes DeepSpeed's engine at the model that it trains, where `whole` finds it."""
 

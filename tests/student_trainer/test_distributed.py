@@ -105,6 +105,24 @@ def test_two_processes_give_the_curve_of_one_in_both_stages(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["fsdp", "deepspeed"])
+def test_adapters_train_on_sharded_weights_and_are_merged(
+    way: str, tmp_path: Path, pair_teacher: dict[str, Any]
+) -> None:
+    if way == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed (extra deepspeed)")
+    stage = {"batch_size": 2, "max_steps": 2}
+    sections = {"models": {"lora_rank": 4}, "training": {"parallel": way}, "non_policy_distillation": stage}
+    torchrun(tmp_path, 2, pair_teacher["grpc"], "non_policy", **sections)
+    folder = tmp_path / "outputs" / "non_policy_distillation"
+    assert not (folder / "checkpoint-2" / "model.safetensors").exists()
+    adapter = load_file(folder / "final_model" / "adapter" / "adapter_model.safetensors")
+    assert any(float(t.abs().max()) > 0 for name, t in adapter.items() if "lora_B" in name)
+    model = AutoModelForCausalLM.from_pretrained(folder / "final_model")
+    assert torch.isfinite(model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+@pytest.mark.slow
 def test_two_processes_share_a_teacher_that_the_first_one_starts(tmp_path: Path) -> None:
     models = {"teacher_model": str(ROOT / "tiny_pair" / "teacher")}
     shown = torchrun(tmp_path, 2, None, "all", models=models, policy_distillation={"max_steps": 2})
