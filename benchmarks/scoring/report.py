@@ -63,7 +63,7 @@ def bars(result: Result) -> list[Bar]:
     return found
 
 
-def _pad(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def padded(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """A Markdown table that reads well as plain text too; its first `left` columns are text, the others numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
 
@@ -91,7 +91,7 @@ def table(result: Result) -> list[str]:
         names = ("server_cores", "engine_cores", "clients_cores")
         cores = [f"{row[name]:.2f}" if name in row else "" for name in names]
         lines.append([*start, f"{row['tokens_per_s']:,.0f}", spread, share, _bytes(result, row), *cores])
-    return _pad(lines, left=2)
+    return padded(lines, left=2)
 
 
 def _bytes(result: Result, row: dict[str, Any]) -> str:
@@ -115,7 +115,7 @@ def wire_table(result: Result) -> list[str]:
         if "decode_ms" in found:
             numbers = (found[n] for n in ("bytes_per_position", "request_bytes_per_position", "decode_ms"))
             lines.append([kind, *(f"{number:,.1f}" for number in numbers)])
-    return _pad(lines)
+    return padded(lines)
 
 
 def bars_table(result: Result) -> list[str]:
@@ -125,7 +125,7 @@ def bars_table(result: Result) -> list[str]:
         measured = "" if bar.value is None else _with_unit(bar.value, bar.unit)
         required = f"{'at least' if bar.at_least else 'at most'} {_with_unit(bar.limit, bar.unit)}"
         lines.append([bar.claim, measured, required, bar.verdict])
-    return _pad(lines)
+    return padded(lines)
 
 
 def _with_unit(number: float, unit: str) -> str:
