@@ -1,22 +1,30 @@
-"""`python -m teacher_server`: parses the configuration, then imports and runs the server; `keys` manages keys.
+"""`python -m teacher_server`: parses the configuration, then imports and runs the server, or runs one command.
 
-Exit codes: 0 stopped, 1 could not start or lost its engine for good, 2 the configuration cannot be used.
+`keys` manages keys; `ping`, `score` and `top` ask a running teacher. Exit codes of the server: 0 stopped, 1 could not
+start or lost its engine for good, 2 the configuration cannot be used.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 
 from teacher_server.settings import ConfigError, load, render, report
 
+COMMANDS = {
+    "keys": "teacher_server.keys_command",
+    "ping": "teacher_server.commands.ping",
+    "score": "teacher_server.commands.score",
+    "top": "teacher_server.commands.top",
+}
+
 
 def main() -> int:
     """Runs one server until it is told to stop, or one command."""
-    if sys.argv[1:2] == ["keys"]:
-        from teacher_server.keys_command import main as keys
-
-        return keys(sys.argv[2:])
+    module = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if module is not None:
+        return int(importlib.import_module(module).main(sys.argv[2:]))
     try:
         config, dry_run = load(sys.argv[1:])
     except ConfigError as error:

@@ -63,7 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m teacher_server",
         description="Serves one teacher model: scores and completions over gRPC and HTTP.",
-        epilog=f"Each option is also a variable ({PREFIX}GRPC_PORT=0) and a key of the --config file (grpc_port: 0).",
+        epilog="Commands: keys, ping, score and top; each has its own --help. "
+        f"Each option is also a variable ({PREFIX}GRPC_PORT=0) and a key of the --config file (grpc_port: 0).",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )

@@ -33,6 +33,8 @@ MEMBERS = 256
 """Members of an object of a body."""
 BLOCK = 4096
 """Numbers that are written as JSON at a time: the interpreter's lock is held meanwhile."""
+NAMED = 20
+"""Alternatives at a position whose texts are given too."""
 Tokenize = Callable[[int, domain.Prompt], domain.Ids]
 """Tokens of a prompt, as TeacherService.tokenize gives them."""
 
@@ -167,6 +169,8 @@ class ScoredSequence(BaseModel):
     """[T,K]: most likely first."""
     top_logprobs: list[list[float]] | None = None
     """[T,K]: their log-probabilities."""
+    top_tokens: list[list[str]] | None = None
+    """[T,K]: text of each of them, where K is at most 20."""
     candidate_logprobs: list[list[float]] | None = None
     """[T,C]: of the candidates, in your order."""
     log_normalizer: list[list[float]] | None = None
@@ -196,6 +200,10 @@ def scored(sequence: domain.Sequence, index: int, scores: domain.Scores, text: C
     head = json.dumps({"index": index, "score_start": sequence.score_start})[1:-1]
     members = [head, f'"token_ids": {_blocks(ids)}', f'"tokens": {_blocks(tokens)}']
     members += [f'"{name}": {_blocks(array)}' for name, array in scores.arrays().items()]
+    top = scores.top_token_ids
+    if top is not None and top.shape[1] <= NAMED:
+        names = {int(i): text(np.array([i], dtype=np.int32)) for i in np.unique(top)}
+        members.append(f'"top_tokens": {_blocks([[names[i] for i in row] for row in top.tolist()])}')
     return "{" + ", ".join(members) + "}"
 
 

@@ -1,0 +1,1 @@
+"""Commands that ask a running teacher: `ping`, `score` and `top`."""
