@@ -15,11 +15,14 @@ from google.rpc import status_pb2
 from protos import codec, errors
 from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
+from student_trainer.teacher_client import tracing
 from student_trainer.teacher_client.credentials import Credentials, Key
 from student_trainer.teacher_client.transport import CLIENT_HEADER, is_loopback
 
 SERVICE = "/teacher.v1.TeacherService/"
 STATUS_KEY = "grpc-status-details-bin"
+KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 60.0, 20.0
+"""Seconds of silence during a call after which the server is pinged, and that it has to answer the ping."""
 
 
 class GrpcTransport:
@@ -42,8 +45,9 @@ class GrpcTransport:
         self._key = Key(credentials)
         local = is_loopback(urlsplit(f"//{target}").hostname or "")
         options = [
-            ("grpc.keepalive_time_ms", 60_000),
-            ("grpc.keepalive_timeout_ms", 20_000),
+            ("grpc.keepalive_time_ms", int(1000 * KEEPALIVE_S)),
+            ("grpc.keepalive_timeout_ms", int(1000 * KEEPALIVE_TIMEOUT_S)),
+            ("grpc.http2.ping_timeout_ms", int(1000 * KEEPALIVE_TIMEOUT_S)),  # else 60 s, whatever the line above says
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.max_reconnect_backoff_ms", 5_000),
             ("grpc.use_local_subchannel_pool", 1),
@@ -125,7 +129,7 @@ class GrpcTransport:
         self._channel.close()
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
-        return (*self._name, *self._key.headers())
+        return (*self._name, *self._key.headers(), *tracing.headers())
 
     def _error(self, error: Exception, timeout_s: float) -> errors.TeacherError:
         """The tree's error for what grpc raised; a ValueError is a call on a closed channel, or a broken answer."""

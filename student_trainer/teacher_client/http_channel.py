@@ -20,6 +20,7 @@ import httpx
 from protos import codec, errors
 from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
+from student_trainer.teacher_client import tracing
 from student_trainer.teacher_client.credentials import Credentials, Key
 from student_trainer.teacher_client.transport import CLIENT_HEADER, is_loopback
 
@@ -27,6 +28,8 @@ PROTOBUF = "application/x-protobuf"
 TIMEOUT_HEADER = "x-timeout-s"
 """Header that tells the server the seconds until this client gives the call up."""
 CONNECT_S = 20.0
+SILENT_S = 5.0
+"""Seconds after a call's deadline, of which the server knows, from which its silence means that nobody is there."""
 
 
 class HttpTransport:
@@ -110,10 +113,10 @@ class HttpTransport:
     def _stream(self, method: str, path: str, body: bytes | None, timeout_s: float) -> Iterator[Iterator[bytes]]:
         """The chunks of a successful answer; everything else raises the tree's error."""
         end = time.monotonic() + timeout_s
-        headers = {TIMEOUT_HEADER: f"{timeout_s:.3f}", **dict(self._key.headers())}
+        headers = {TIMEOUT_HEADER: f"{timeout_s:.3f}", **dict(self._key.headers()), **dict(tracing.headers())}
         if body is not None:
             headers["content-type"] = PROTOBUF
-        timeout = httpx.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s))
+        timeout = httpx.Timeout(timeout_s + SILENT_S, connect=min(CONNECT_S, timeout_s))
         try:
             with self._client.stream(
                 method, path, content=body, headers=headers, timeout=timeout, extensions=self._extensions
@@ -124,7 +127,8 @@ class HttpTransport:
                     raise errors.Unavailable(f"{self._address} is no teacher: it answers with no {PROTOBUF}")
                 yield self._until(end, response, timeout_s)
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
-            raise errors.DeadlineExceeded(f"no answer from {self._address} within {timeout_s:.4g} s") from error
+            what = f"the connection to {self._address} is dead: not a byte for {timeout_s + SILENT_S:.4g} s"
+            raise errors.Unavailable(what) from error
         except (httpx.HTTPError, httpx.StreamError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not self._closed:
                 raise
@@ -134,7 +138,7 @@ class HttpTransport:
     def _until(self, end: float, response: httpx.Response, timeout_s: float) -> Iterator[bytes]:
         for chunk in response.iter_bytes():
             if time.monotonic() > end:
-                raise errors.DeadlineExceeded(f"the answer from {self._address} took longer than {timeout_s:.4g} s")
+                raise errors.DeadlineExceeded(f"no whole answer from {self._address} within {timeout_s:.4g} s")
             yield chunk
 
 

@@ -145,6 +145,7 @@ class GrpcTransport:
                 ("grpc.http2.max_ping_strikes", 2),  # then the connection is closed: too many pings
                 ("grpc.keepalive_time_ms", 60_000),  # a peer that is gone without a word is found out
                 ("grpc.keepalive_timeout_ms", 20_000),
+                ("grpc.http2.ping_timeout_ms", 20_000),
                 ("grpc.max_concurrent_streams", limits.streams),
                 ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.max_metadata_size", limits.head_kib << 10),
