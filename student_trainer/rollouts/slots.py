@@ -36,10 +36,13 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self.at, self.length = (rows, positions), length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Puts [B, H, 1, D] in place; [B, H, length, D] of the first B slots."""
+        """Puts [B, H, 1, D] in place; [B, H, length, D] of the first B slots.
+
+        Under autocast a layer's dtype may differ between reading a prompt and a step; what is held keeps the first one.
+        """
         rows, positions = self.at
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
-            buffer[rows, :, positions] = new[:, :, 0]
+            buffer[rows, :, positions] = new[:, :, 0].to(buffer.dtype)
         keys, values = (buffer[: len(rows), :, : self.length] for buffer in self.buffers)
         return keys, values
 
@@ -52,7 +55,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self._reserve((read.keys, read.values), source.shape[1])
         rows, at = (torch.arange(n, device=slots.device) for n in source.shape)
         for buffer, new in zip(self.buffers, (read.keys, read.values), strict=True):
-            buffer[slots[:, None], :, at] = new[rows[:, None], :, source]
+            buffer[slots[:, None], :, at] = new[rows[:, None], :, source].to(buffer.dtype)
         read.keys = read.values = None
 
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -152,3 +153,18 @@ def test_gradients_can_be_taken_between_two_rollouts(engine: RolloutEngine, stud
     ids = torch.arange(4, device=student.device)[None]
     for _ in engine.sample(prompts(6), max_new_tokens=4, temperature=1.0, seed=0):
         assert student(ids).logits.requires_grad
+
+
+def test_a_forward_pass_under_autocast_samples_too(
+    engine: RolloutEngine, student: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = type(student).forward
+
+    def forward(self: Any, *arguments: Any, **options: Any) -> Any:
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(student, "forward", MethodType(forward, student), raising=True)
+    for rollout in in_order(engine, prompts(7), max_new_tokens=9, temperature=1.0, seed=2, logprobs=True):
+        assert rollout.logprobs is not None
+        assert np.abs(rollout.logprobs - recomputed(student, rollout, 1.0)).max() < 0.2  # bfloat16
