@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import grpc
@@ -45,7 +45,7 @@ class GrpcCaller:
 
     def __init__(self, address: str, name: str) -> None:
         self._channel = grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._score = self._channel.unary_stream("/teacher.v1.TeacherService/Score")
+        self._score: Any = self._channel.unary_stream("/teacher.v1.TeacherService/Score")
         self._metadata = (("x-client", name),)
 
     async def score(self, message: bytes, sequences: int) -> str:

@@ -152,7 +152,7 @@ def summary(records: list[Record], asked: Offer, call: Call) -> dict[str, Any]:
     }
 
 
-def jain(x: npt.NDArray[np.float64]) -> float:
+def jain(x: npt.NDArray[Any]) -> float:
     """(sum x)^2 / (n sum x^2), 1 where all have the same (Jain, Chiu and Hawe, "A quantitative measure of fairness",
     1984); 0 where nobody had anything."""
     return float(x.sum() ** 2 / (len(x) * (x**2).sum())) if x.any() else 0.0

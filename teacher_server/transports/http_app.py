@@ -32,6 +32,9 @@ from teacher_server.transports import (
 from teacher_server.transports.http_gate import Gate, RequestIds
 from teacher_server.transports.reading import Reading
 
+STREAMED = ("/v1/generate", "/v1/completions", "/v1/chat/completions")
+"""Routes that answer with server-sent events where the body says `stream`."""
+
 
 def create_app(http: http_transport.Http) -> FastAPI:
     """The application of one service."""
@@ -108,7 +111,7 @@ def _respond(request: Request, body: dict[str, Any], headers: dict[str, str] | N
 
 
 def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """OpenAPI with the models of the bodies that handlers read themselves."""
+    """OpenAPI with the models of the bodies that handlers read themselves, and problems as what else is answered."""
 
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -116,7 +119,16 @@ def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
             bodies = (schemas.ScoreBody, schemas.GenerateBody, openai_schemas.CompletionBody, openai_schemas.ChatBody)
             models = [(body, "validation") for body in bodies]
             _, extra = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
-            document.setdefault("components", {}).setdefault("schemas", {}).update(extra["$defs"])
+            parts = document.setdefault("components", {}).setdefault("schemas", {})
+            parts.update(extra["$defs"])
+            parts["Problem"] = problems.SCHEMA
+            for operation in (one for path in document["paths"].values() for one in path.values()):
+                operation["responses"].pop("422", None)
+                operation["responses"]["default"] = problems.RESPONSE
+            for path in STREAMED:
+                document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"] = {}
+            for unused in ("HTTPValidationError", "ValidationError"):
+                parts.pop(unused, None)
             app.openapi_schema = document
         return app.openapi_schema
 

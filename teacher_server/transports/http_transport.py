@@ -230,12 +230,12 @@ def make_router(http: Http) -> APIRouter:
             on_error=lambda error: codec.frame_error(error, caller.request_id),
         )
 
-    @router.get("/health", tags=["operation"])
+    @router.get("/health", tags=["operation"], response_class=PlainTextResponse)
     async def health() -> PlainTextResponse:
         """Whether the process lives, loading and draining included."""
         return PlainTextResponse("ok\n")
 
-    @router.get("/ready", tags=["operation"])
+    @router.get("/ready", tags=["operation"], response_class=PlainTextResponse)
     async def ready() -> Response:
         """Whether calls are answered; 503 with the reason where not."""
         reason = await service.why_not_ready()
@@ -248,7 +248,7 @@ def make_router(http: Http) -> APIRouter:
         """What the page at / and `python -m teacher_server top` show: clients, rates, queue, engine, last errors."""
         return dataclasses.asdict(await service.status())
 
-    @router.get("/metrics", tags=["operation"])
+    @router.get("/metrics", tags=["operation"], response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Numbers in Prometheus' text format."""
         service.metrics.ready.set(not await service.why_not_ready())

@@ -23,6 +23,31 @@ SHOWN = 5
 OPENAI_PATHS = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions"})
 """Routes whose callers look for OpenAI's `error` member."""
 
+SCHEMA: dict[str, Any] = {
+    "title": "Problem",
+    "description": "RFC 9457 problem details; docs/api.md lists the reasons.",
+    "type": "object",
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer", "minimum": 400, "maximum": 599},
+        "detail": {"type": "string", "description": "What was wrong, with the numbers, and what to do."},
+        "instance": {"type": "string", "description": "The call's id, as urn:uuid:..."},
+        "reason": {"type": "string"},
+        "index": {"type": "integer", "minimum": 0, "description": "The sequence or prompt that was wrong."},
+        "retry_after_s": {"type": "number", "minimum": 0, "description": "Seconds after which to try again."},
+        "error": {"type": "object", "description": "The same for OpenAI's clients, on routes of that shape."},
+    },
+    "required": ["type", "title", "status", "detail", "instance", "reason"],
+    "additionalProperties": False,
+}
+"""Every problem, as JSON Schema."""
+RESPONSE: dict[str, Any] = {
+    "description": "A problem: the call was refused, or failed.",
+    "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+}
+"""It as a response of OpenAPI."""
+
 
 def problem(error: TeacherError, request_id: str) -> dict[str, Any]:
     """An error's problem details; `reason`, `index` and `retry_after_s` say what ErrorInfo and RetryInfo say."""

@@ -19,7 +19,7 @@ def train(folder: Path, *faults: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["failed"], found["differing"]) == ([], [])
-    assert all(found["struck"][name] >= 3 for name in faults), found
+    assert all(found["struck"][name] for name in faults), found
 
 
 def test_connections_that_are_reset_in_the_middle_of_answers_cost_no_bit(tmp_path: Path) -> None:
