@@ -73,7 +73,7 @@ def test_a_signal_saves_and_the_run_that_goes_on_ends_with_the_same_weights(
 
 
 HANGING = """
-import sys, threading
+import sys, time
 from student_trainer import on_policy, stopping
 stopping.GRACE_S = float(sys.argv.pop(1))
 take = on_policy.RolloutFeed.take
@@ -81,7 +81,8 @@ def hang(self, step):
     found = take(self, step)
     if step.number == 2:
         print("hanging", file=sys.stderr, flush=True)
-        threading.Event().wait()
+        while True:  # a signal between a wait's last look for one and the wait itself would be lost
+            time.sleep(0.05)
     return found
 on_policy.RolloutFeed.take = hang
 from student_trainer.__main__ import main
