@@ -156,6 +156,9 @@ class Training(Section):
     """Continue from the newest checkpoint of each stage, or from the checkpoint folder named here."""
     log_file: str = "distillation.log"
     """File that gets everything the console shows, and more."""
+    traces_endpoint: str | None = None
+    """Where OpenTelemetry spans of steps and teacher calls go by OTLP over HTTP, such as
+    http://localhost:4318/v1/traces (`pip install 'strong2weak[otel]'`); null traces nothing."""
     extra: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of transformers.TrainingArguments, by their own names."""
 

@@ -24,6 +24,7 @@ from .errors import UserError
 from .models import Description
 from .reporting import Reporter
 from .teacher_client import Credentials, TeacherClient, connect
+from .teacher_client.tracing import NO_TRACER, Tracer
 from .teachers import Scope, Teacher, Teachers, choose, nobody
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def open_teachers(
     reporter: Reporter,
     device: Callable[[], torch.device],
     stack: ExitStack,
+    tracer: Tracer = NO_TRACER,
 ) -> Teachers:
     """The teachers of a run, checked against the student; their clients are closed with `stack`."""
     wanted = places(config, stage, domains)
@@ -103,7 +105,7 @@ def open_teachers(
             "teacher.routes",
             "set distribution to top_k in both stages, or keep one teacher",
         )
-    opened = [_open(config, stage, student, place, len(wanted), reporter, stack) for place in wanted]
+    opened = [_open(config, stage, student, place, len(wanted), reporter, stack, tracer) for place in wanted]
     _check_together(wanted, [teacher.info for teacher in opened])
     if full:
         (one,) = opened
@@ -113,7 +115,14 @@ def open_teachers(
 
 
 def _open(
-    config: Config, stage: str, student: Description, place: Place, count: int, reporter: Reporter, stack: ExitStack
+    config: Config,
+    stage: str,
+    student: Description,
+    place: Place,
+    count: int,
+    reporter: Reporter,
+    stack: ExitStack,
+    tracer: Tracer,
 ) -> Teacher:
     address = place.endpoint
     on_wait: Callable[[str], None] = reporter.waiting
@@ -127,7 +136,7 @@ def _open(
     if address is None:  # only rank 0 runs the function, so only rank 0 owns the server; the others get its address
         address = distributed.on_main(start_one)
     label = f"{place.key} ({place.scope})" if count > 1 else ""
-    client = _connect(config, place, address, label, on_wait)
+    client = _connect(config, place, address, label, on_wait, tracer)
     stack.callback(client.close)
     info = client.teacher()
     who = f", for {place.scope}" if count > 1 else ""
@@ -140,7 +149,12 @@ def _open(
 
 
 def _connect(
-    config: Config, place: Place, address: str | list[str], label: str, on_wait: Callable[[str], None]
+    config: Config,
+    place: Place,
+    address: str | list[str],
+    label: str,
+    on_wait: Callable[[str], None],
+    tracer: Tracer,
 ) -> TeacherClient:
     """A client; a teacher that this run started itself listens on loopback and knows no key."""
     files = {name: getattr(config.teacher, name) for name in ("ca_file", "client_cert_file", "client_key_file")}
@@ -155,6 +169,7 @@ def _connect(
             name=f"trainer-{Path(config.training.output_dir).name}-{distributed.rank()}",
             on_wait=on_wait,
             credentials=credentials,
+            tracer=tracer,
         )
     except ValueError as error:
         raise UserError(str(error), label or "teacher") from error

@@ -32,7 +32,9 @@ from .rollouts import in_order
 from .settings import to_yaml
 from .stage import Outcome, Session, open_student, report, training_device
 from .stage_loss import StageLoss
+from .teacher_client.tracing import NO_TRACER
 from .teachers import Teachers
+from .traces import open_tracer
 from .verifiers import load_verifier
 
 log = logging.getLogger(__name__)
@@ -66,14 +68,19 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         train, validation = load_examples(config.data, config.training.seed)
         log.info("%d examples to train on, %d held out", len(train), len(validation))
         domains = {e.domain for e in [*train, *validation]}
-        teachers = open_teachers(config, stage, description, domains, reporter, training_device, stack)
+        tracer = None
+        if config.training.traces_endpoint is not None:
+            tracer = open_tracer(config.training.traces_endpoint, config.training.output_dir, stack)
+        teachers = open_teachers(
+            config, stage, description, domains, reporter, training_device, stack, tracer or NO_TRACER
+        )
         if stage == "test":
             try_both(config, teachers, source, train[0].messages)
             return
         evaluator = Evaluator(config, teachers, description.tokenizer, validation, verifier, reporter)
         stack.callback(evaluator.close)
         record = RunReport(config, stage, teachers.by_scope(), sys.orig_argv, main)
-        session = Session(config, teachers, train, evaluator, reporter, config.training.resume, record)
+        session = Session(config, teachers, train, evaluator, reporter, config.training.resume, record, tracer)
         with record.kept():
             rows = run_stages(session, stage, source)
             if main:

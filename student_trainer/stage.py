@@ -33,6 +33,7 @@ from .rollouts import open_engine
 from .stage_loss import StageLoss
 from .stopping import Stopper
 from .teachers import Teachers
+from .traces import OtelTracer, StepSpans
 from .trackio_report import TrackioReport
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Session:
     reporter: reporting.Reporter
     resume: bool | str
     record: RunReport
+    tracer: OtelTracer | None = None
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,8 @@ def train(
         *([history] if distributed.is_main() else []),
         MeasureEveryEpochs(session.config.evaluation.every_epochs),
     ]
+    if session.tracer is not None:
+        callbacks.append(StepSpans(session.tracer, layout.stage))
     if session.config.training.use_tensorboard and distributed.is_main():
         callbacks.append(reporting.tensorboard(layout.root / "runs"))
     tracker = None

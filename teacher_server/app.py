@@ -27,6 +27,7 @@ from teacher_server.keys import KeyFileError
 from teacher_server.listening import listening
 from teacher_server.metrics import Metrics
 from teacher_server.service import ServiceSettings, TeacherService
+from teacher_server.traces import NO_TRACES, Traces
 from teacher_server.transports.grpc_transport import GrpcTransport
 from teacher_server.transports.http_app import create_app
 from teacher_server.transports.http_protocol import Connections
@@ -70,7 +71,8 @@ class App:
             config.cache.disk_mib * mib,
             config.hidden_mib * mib,
         )
-        self.service = TeacherService(settings, Metrics())
+        self._traces = _traces(config)
+        self.service = TeacherService(settings, Metrics(), traces=self._traces)
         self._authenticator = authenticator or _authenticator(config)
         limits, most = config.limits, config.max_request_mib * mib
         reading = Reading(limits.reading_mib * mib, limits.body_s, limits.body_kib_per_s * 1024)
@@ -133,6 +135,7 @@ class App:
             listener.close()
             await engine.close()
             await self.service.close()
+            await asyncio.to_thread(self._traces.close)
             self.left_behind |= engine.left_behind
         return 1 if engine.gave_up else 0
 
@@ -261,6 +264,17 @@ def _authenticator(config: ServerConfig) -> Authenticator:
             "%s has no key yet, so nobody may call; `python -m teacher_server keys add` makes one", config.keys_file
         )
     return found
+
+
+def _traces(config: ServerConfig) -> Traces:
+    """OpenTelemetry where it is configured; StartError where it is not installed."""
+    if config.traces.endpoint is None:
+        return NO_TRACES
+    try:
+        from teacher_server.otel_traces import OtelTraces
+    except ImportError as error:
+        raise StartError(f"traces.endpoint needs OpenTelemetry ({error}); pip install 'strong2weak[otel]'") from error
+    return OtelTraces(config.traces.endpoint, config.traces.ratio)
 
 
 def _tls(config: ServerConfig) -> Tls | None:

@@ -24,6 +24,7 @@ from student_trainer.teacher_client.credentials import Credentials
 from student_trainer.teacher_client.generation import PieceCollector
 from student_trainer.teacher_client.names import Name, Resolve, is_name, resolve
 from student_trainer.teacher_client.replicas import Replicas
+from student_trainer.teacher_client.tracing import NO_TRACER, Tracer, here
 from student_trainer.teacher_client.transport import Transport, open_transport
 from student_trainer.teacher_client.watch import Watch, first_answer
 
@@ -38,6 +39,7 @@ def connect(
     on_wait: Callable[[str], None] | None = None,
     credentials: Credentials | None = None,
     resolve: Resolve = resolve,
+    tracer: Tracer = NO_TRACER,
 ) -> TeacherClient:
     """A client of the teacher at `host:port`, `grpc://host:port` or `http://host:port`, or of replicas of one teacher.
 
@@ -48,14 +50,14 @@ def connect(
     long a teacher that is down, loading or overloaded is waited for, `max_in_flight` the number of calls at the same
     time, `name` what the teacher knows this client by (its queue is fair between names). `on_wait` gets a line, in any
     thread, each time that something is waited for. `credentials` are files with a key and for TLS, which the addresses
-    grpcs://host:port and https://host:port want. Raises Unavailable where nobody answers, ValueError for an address
-    that is none.
+    grpcs://host:port and https://host:port want. `tracer` makes a span of each call and names it to the teacher. Raises
+    Unavailable where nobody answers, ValueError for an address that is none.
     """
     addresses = [address] if isinstance(address, str) else list(address)
     names = [Name(a, name, credentials, resolve) for a in addresses if is_name(a)]
     transports = [open_transport(a, name, credentials) for a in addresses if not is_name(a)]
     replicas = Replicas(transports, patience_s, on_wait, names)
-    client = TeacherClient(replicas, timeout_s=timeout_s, max_in_flight=max_in_flight)
+    client = TeacherClient(replicas, timeout_s=timeout_s, max_in_flight=max_in_flight, tracer=tracer)
     try:
         client.teacher()
     except BaseException:
@@ -71,11 +73,12 @@ class TeacherClient:
     An error's `index` is that of the caller's list, whatever was split.
     """
 
-    def __init__(self, replicas: Replicas, *, timeout_s: float, max_in_flight: int) -> None:
+    def __init__(self, replicas: Replicas, *, timeout_s: float, max_in_flight: int, tracer: Tracer = NO_TRACER) -> None:
         if max_in_flight < 1:
             raise ValueError(f"max_in_flight must be at least 1, got {max_in_flight}")
         self._replicas = replicas
         self._timeout_s = timeout_s
+        self._tracer = tracer
         self._info: TeacherInfo | None = None
         self._watch: Watch | None = None
         self._head: Head | None = None
@@ -121,7 +124,7 @@ class TeacherClient:
             outer.set_result([])
             return outer
         request = partial(self._score_piece, sequences, spec, info.fingerprint)
-        _gather([self._pool.submit(request, piece) for piece in pieces], outer)
+        _gather([self._pool.submit(here(request, piece)) for piece in pieces], outer)
         return outer
 
     def _score_piece(
@@ -129,7 +132,9 @@ class TeacherClient:
     ) -> list[Scores]:
         request = ScoreRequest(sequences[piece.start : piece.stop], spec, fingerprint)
         try:
-            return self._replicas.call(request.tokens, lambda t: t.score(request, self._timeout_s))
+            about = {"sequences": len(request.sequences), "tokens": request.tokens}
+            with self._tracer.span("teacher.score", about):
+                return self._replicas.call(request.tokens, lambda t: t.score(request, self._timeout_s))
         except errors.TeacherError as error:
             raise splitting.renumbered(error, piece) from error
 
@@ -161,7 +166,7 @@ class TeacherClient:
                     prompts[piece.start : piece.stop], piece, part, first_sample, lambda *found: arrived.put(found)
                 )
                 own = splitting.reseeded(sampling, first_sample)
-                future = self._pool.submit(self._generate_piece, collector, own, logprobs, info.fingerprint)
+                future = self._pool.submit(here(self._generate_piece, collector, own, logprobs, info.fingerprint))
                 future.add_done_callback(lambda f: arrived.put(None if f.cancelled() else f.exception()))
                 futures.append(future)
             first_sample += part
@@ -190,7 +195,8 @@ class TeacherClient:
 
         cost = collector.tokens(sampling.max_tokens)
         try:
-            self._replicas.call(cost, attempt, lambda: collector.finished)
+            with self._tracer.span("teacher.generate", {"prompts": len(collector.asked_indexes), "tokens": cost}):
+                self._replicas.call(cost, attempt, lambda: collector.finished)
         except errors.TeacherError as error:
             raise splitting.renumbered(error, collector.asked_indexes) from error
 
