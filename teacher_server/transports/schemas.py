@@ -42,7 +42,7 @@ Tokenize = Callable[[int, domain.Prompt], domain.Ids]
 class Body(BaseModel):
     """Base of all bodies: unknown members are refused."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -33,7 +33,7 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize("examples", [8, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [8, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["positive", "negative"])
 def test_every_route_answers_as_its_document_says(server: Server, mode: GenerationMode, examples: int) -> None:
     schema = schemathesis.openapi.from_url(f"{server.http}/openapi.json")
@@ -56,7 +56,8 @@ def test_every_route_answers_as_its_document_says(server: Server, mode: Generati
             answer = case.call(base_url=server.http)
             seen[case.operation.label, answer.status_code] += 1
             assert answer.status_code in (200, 405, 406, 412, 413, 415, 422, 501), (case.body, answer.text)
-            case.validate_response(answer, checks=checks)
+            refused = answer.status_code in (412, 413, 501)  # which schemathesis does not know as refusals
+            case.validate_response(answer, checks=CHECKS if refused else checks)
 
         ask()
     if mode is GenerationMode.POSITIVE:
