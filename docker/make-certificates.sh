@@ -4,6 +4,10 @@
 #   /tls/server.{pem,key}   for the teachers        TLS_NAMES        further names or addresses, "DNS:node-1,IP:192.0.2.7"
 set -eu
 umask 027
+if [ -s /tls/server.pem ] && [ ! -w /tls ]; then
+    echo "the certificate in /tls is the operator's and is used as it is"
+    exit 0
+fi
 names="DNS:teacher,DNS:teacher-cpu,DNS:localhost,IP:127.0.0.1${TLS_NAMES:+,$TLS_NAMES}"
 if [ ! -s /authority/ca.key ] || [ ! -s /ca/ca.pem ]; then
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 3650 -subj "/CN=teacher authority" \

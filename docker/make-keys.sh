@@ -3,6 +3,10 @@
 #   /keys/teacher-keys.json   hashes, for the teachers     /keys-of-clients/NAME/key   the key, for that client alone
 set -eu
 umask 027
+if [ -s /keys/teacher-keys.json ] && [ ! -w /keys ]; then
+    echo "the keys in /keys are the operator's and are used as they are"
+    exit 0
+fi
 for client in "$@"; do
     name=${client%%:*}
     file=/keys-of-clients/$name/key

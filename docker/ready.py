@@ -20,7 +20,9 @@ if tls:
     if os.environ.get("TEACHER_TLS_CLIENT_CA_FILE"):  # mutual TLS: the server's own certificate stands for a client's
         context.load_cert_chain(os.environ["TEACHER_TLS_CERT_FILE"], os.environ["TEACHER_TLS_KEY_FILE"])
 try:
-    with urllib.request.urlopen(f"http{'s' * tls}://127.0.0.1:{port}/ready", timeout=SECONDS, context=context) as answer:
+    with urllib.request.urlopen(
+        f"http{'s' * tls}://127.0.0.1:{port}/ready", timeout=SECONDS, context=context
+    ) as answer:
         sys.exit(answer.status != 200)
 except (urllib.error.URLError, OSError) as error:
     sys.exit(f"not ready: {error}")
