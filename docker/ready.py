@@ -13,6 +13,7 @@ SECONDS = 8.0
 
 tls = bool(os.environ.get("TEACHER_TLS_CERT_FILE"))
 port = os.environ.get("TEACHER_HTTP_PORT", "8000")
+url = f"http{'s' * tls}://127.0.0.1:{port}/ready"
 context = None
 if tls:
     context = ssl.create_default_context()
