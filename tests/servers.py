@@ -51,7 +51,7 @@ class Server:
         """Runs `function` on the server's loop, soon."""
         self.loop.call_soon_threadsafe(function)
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, /, **labels: str) -> float:
         """The sum of a metric's numbers that have these labels; 0 where there is none yet."""
         text = httpx.get(f"{self.http}/metrics", headers=bearer(self.key)).text
         inside = "".join(rf'(?=[^}}]*\b{key}="{value}")' for key, value in labels.items())

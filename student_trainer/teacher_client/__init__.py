@@ -5,5 +5,6 @@ Public for notebooks and other trainers; needs no torch. See `connect` and `Teac
 
 from student_trainer.teacher_client.client import TeacherClient, connect
 from student_trainer.teacher_client.credentials import Credentials
+from student_trainer.teacher_client.replicas import ReplicaStatus
 
-__all__ = ["Credentials", "TeacherClient", "connect"]
+__all__ = ["Credentials", "ReplicaStatus", "TeacherClient", "connect"]

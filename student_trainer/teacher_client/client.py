@@ -23,7 +23,7 @@ from student_trainer.teacher_client import heads, splitting
 from student_trainer.teacher_client.credentials import Credentials
 from student_trainer.teacher_client.generation import PieceCollector
 from student_trainer.teacher_client.names import Name, Resolve, is_name, resolve
-from student_trainer.teacher_client.replicas import Replicas
+from student_trainer.teacher_client.replicas import Replicas, ReplicaStatus
 from student_trainer.teacher_client.tracing import NO_TRACER, Tracer, here
 from student_trainer.teacher_client.transport import Transport, open_transport
 from student_trainer.teacher_client.watch import Watch, first_answer
@@ -102,6 +102,10 @@ class TeacherClient:
                     )
                 self._info = info
             return self._info
+
+    def replicas(self) -> list[ReplicaStatus]:
+        """How each server of the teacher fares, as this client sees it."""
+        return self._replicas.status()
 
     def score(self, sequences: Sequence[TokenSequence], spec: ScoreSpec | None = None) -> list[Scores]:
         """The teacher's scores of each sequence, in order. None scores tokens and log-normaliser alone."""

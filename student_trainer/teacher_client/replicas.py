@@ -41,6 +41,23 @@ class Replica:
     """Whether it has to say who it is before it gets calls again, as long as there are others."""
     refused: str = ""
     """Why it gets no calls: it is another teacher."""
+    calls: int = 0
+    failed: int = 0
+
+
+@dataclass(frozen=True)
+class ReplicaStatus:
+    """How a client sees one server: attempts so far and those that failed, tokens in progress, whether it gets calls.
+
+    `state` is "up", "waited for" (it failed or named a delay), "down" (until it has said who it is) or why it is
+    refused.
+    """
+
+    address: str
+    calls: int
+    failed: int
+    outstanding_tokens: int
+    state: str
 
 
 class Replicas:
@@ -86,6 +103,15 @@ class Replicas:
     def addresses(self) -> list[str]:
         """Addresses of all servers."""
         return [r.transport.address for r in self.replicas]
+
+    def status(self) -> list[ReplicaStatus]:
+        """Every server as it is seen now."""
+        with self.lock:
+            now = time.monotonic()
+            return [
+                ReplicaStatus(r.transport.address, r.calls, r.failed, r.outstanding, r.refused or _state(r, now))
+                for r in self.replicas
+            ]
 
     def close(self) -> None:
         """Ends waits and calls in flight; they raise Unavailable."""
@@ -167,6 +193,7 @@ class Replicas:
                 result = attempt(replica.transport)
             except errors.TeacherError as error:
                 failure = error
+                replica.failed += 1
             else:
                 replica.failures = 0
                 replica.down = False
@@ -196,6 +223,7 @@ class Replicas:
                 return None
             replica = min(usable, key=lambda r: (r.down, max(0.0, r.blocked_until - now), r.outstanding))
             replica.outstanding += cost
+            replica.calls += 1
             return replica
 
     def _give(self, replica: Replica, cost: int) -> None:
@@ -240,3 +268,7 @@ class Replicas:
             self._on_wait(f"{where}{error.message}; waiting, {waited:.0f} s of {self._patience_s:.0f} s")
         if self.closed.wait(min(delay, remaining)):
             raise errors.Unavailable("the client was closed") from error
+
+
+def _state(replica: Replica, now: float) -> str:
+    return "down" if replica.down else "waited for" if replica.blocked_until > now else "up"

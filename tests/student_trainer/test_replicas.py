@@ -247,3 +247,14 @@ def test_real_servers_share_a_clients_work_and_one_of_them_may_die() -> None:
             again = [client.score(batch) for batch in batches]
         for a, b in zip(first, again, strict=True):
             assert all((x.token_logprobs == y.token_logprobs).all() for x, y in zip(a, b, strict=True))
+
+
+def test_a_client_says_how_it_sees_each_replica() -> None:
+    away = f"127.0.0.1:{free_port()}"
+    with over_grpc(ScriptedTeacher()) as a, connect([a, away], patience_s=5) as client:
+        for _ in range(3):
+            client.score(sequences(4))
+        seen = {status.address: status for status in client.replicas()}
+        assert (seen[a].state, seen[a].calls, seen[a].failed, seen[a].outstanding_tokens) == ("up", 3, 0, 0)
+        assert seen[away].state in ("down", "waited for")
+        assert seen[away].calls == seen[away].failed == 0
