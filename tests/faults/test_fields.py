@@ -106,7 +106,7 @@ def over_grpc(channel: grpc.Channel, method: str, message: Message) -> tuple[str
     return "OK", ""
 
 
-@pytest.mark.parametrize("examples", [60, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [60, pytest.param(250, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_any_value_of_any_field_is_answered_alike_over_both_transports(
     server: Server, method: str, examples: int
@@ -136,7 +136,7 @@ anything = st.recursive(
 )
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("path", list(BODIES))
 def test_any_value_of_any_json_member_is_answered_or_refused_with_a_reason(
     server: Server, path: str, examples: int

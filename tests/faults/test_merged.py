@@ -91,7 +91,7 @@ def server() -> Iterator[Server]:
         yield running
 
 
-@pytest.mark.parametrize("number", [50, pytest.param(250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [50, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_bad_call_fails_alone_and_the_others_keep_their_bits(server: Server, number: int) -> None:
     ended = rounds(server, number, list(BAD))
     assert set(ended) == {"INTERNAL", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}

@@ -113,7 +113,7 @@ def trial(folder: Path, faults: list[str]) -> dict[str, Any]:
             failed.append("whole")
         for name in faults:
             kind, _, transport = name.partition(":")
-            with Proxy(addresses[transport], Fault(kind, strikes=3 if kind == "half-open" else 8)) as proxy:
+            with Proxy(addresses[transport], Fault(kind, strikes=2 if kind == "half-open" else 8)) as proxy:
                 broken = config(folder / name.replace(":", "-"), student, proxy.address, TIMEOUT_S[transport])
                 if child(broken, 240):
                     failed.append(name)
