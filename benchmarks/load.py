@@ -1,7 +1,7 @@
 """What does a teacher do when it is asked for up to four times what it can? One command, one table.
 
-    python benchmarks/load.py --out benchmarks/results/load.json --page docs/reliability.md
-    python benchmarks/load.py --read benchmarks/results/load.json --page docs/reliability.md
+    python benchmarks/load.py --out benchmarks/results/load/load.json --page docs/reliability.md
+    python benchmarks/load.py --read benchmarks/results/load/load.json --page docs/reliability.md
     python benchmarks/load.py --quick
 
 A real server process, first with an engine of a set speed, then with a tiny Qwen3, and K clients of it on this

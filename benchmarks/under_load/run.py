@@ -65,7 +65,7 @@ def arguments_of(name: str, plan: Plan, work: Path, capacity: float | None) -> l
     """The command line of a server whose queue holds QUEUE_S seconds of work at `capacity` tokens/s."""
     queue = [] if capacity is None else ["--queue-tokens", str(max(plan.calls[name].total, int(QUEUE_S * capacity)))]
     if name == THEORY:
-        batch = str(int(plan.rate / 20))
+        batch = str(int(plan.rate / 10))
         return [
             "-m",
             "benchmarks.under_load.server",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -107,3 +108,9 @@ def test_clients_offer_what_they_are_told_to_over_both_transports(tmp_path: Path
     assert {record.client for record in records} == {0, 1, 2, 3}
     assert {record.outcome for record in records} == {"OK"}
     assert len(records) == pytest.approx(60, abs=4)
+
+
+def test_the_page_holds_the_kept_result() -> None:
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    kept = json.loads((ROOT / "benchmarks" / "results" / "load" / "load.json").read_text())
+    assert report.with_result(page, kept) == page, "run benchmarks/load.py --read ... --page docs/reliability.md"
