@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from protos.errors import TeacherFailed, Unavailable, Unsupported
+from protos.errors import TeacherError, TeacherFailed, Unavailable, Unsupported
 from protos.head import Head, held_as, itemsize
 from protos.scores import Field, Floats, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import model_files, vllm_check, vllm_options
@@ -28,6 +28,8 @@ from teacher_server.backends.vllm_engine import MAX_TEMPERATURE, MIN_TEMPERATURE
 from teacher_server.backends.vllm_generation import Wish, completion
 
 _LOG = logging.getLogger(__name__)
+MEASURE_S = 10.0
+"""Seconds between two questions to the workers of how long they have read out."""
 _HEAD_BYTES = 1 << 26
 """Bytes of the head that the workers are asked for at a time."""
 
@@ -44,6 +46,7 @@ class VllmBackend(CheckpointFace):
         self._engine: Engine | None = None
         self._reader: vllm_check.Reader | None = None
         self._observer: Observer = nobody
+        self._measuring: asyncio.Task[None] | None = None
 
     def observe(self, observer: Observer) -> None:
         """Tells `observer` of each step whose outputs arrive; to be called before `start`."""
@@ -99,6 +102,9 @@ class VllmBackend(CheckpointFace):
             raise
         self.present(info, text)
         self._engine, self._reader = engine, reader
+        engine.meter.observer = self._observer
+        if found.get("measures"):
+            self._measuring = asyncio.create_task(self._measure(engine))
         _LOG.info("vLLM %s: %s", self._version, found)
 
     def _describe(
@@ -214,6 +220,20 @@ class VllmBackend(CheckpointFace):
         assert scores.token_logprobs is not None
         return scores.token_logprobs
 
+    async def _measure(self, engine: Engine) -> None:
+        """Asks the workers now and then how long they have read out; those of one sequence do so at the same time."""
+        while True:
+            await asyncio.sleep(MEASURE_S)
+            if not engine.meter.scored:
+                continue
+            engine.meter.scored = False
+            try:
+                answers = await engine.call("teacher_readout_s")
+            except TeacherError as error:
+                _LOG.debug("the workers do not say how long they have read out: %s", error)
+                return
+            engine.meter.readout_s += max(answers)
+
     async def healthy(self) -> bool:
         """Whether the engine's processes run."""
         return self._engine is not None and self._engine.alive
@@ -221,6 +241,8 @@ class VllmBackend(CheckpointFace):
     async def close(self) -> None:
         """Ends the engine's processes."""
         engine, self._engine = self._engine, None
+        if self._measuring is not None:
+            self._measuring.cancel()
         if engine is not None:
             await engine.close()
 

@@ -20,6 +20,7 @@ from protos.errors import TeacherError, TeacherFailed, Unavailable
 from protos.scores import Floats, Ids, Sampling
 from teacher_server.backends import vllm_tap
 from teacher_server.backends.bits import dtype_name
+from teacher_server.backends.vllm_meter import Meter
 
 RETRY_S = 5.0
 CLOSE_S = 20.0
@@ -52,6 +53,7 @@ class Engine:
         """Whether log-probabilities of prompts arrive as tensors."""
         self.steps = 0
         """Outputs of steps that have arrived."""
+        self.meter = Meter()
         self._count_steps()
 
     @staticmethod
@@ -69,6 +71,7 @@ class Engine:
         async def receive_and_count() -> Any:
             outputs = await receive()
             self.steps += 1
+            self.meter.arrived(outputs.outputs)
             return outputs
 
         core.get_output_async = receive_and_count
@@ -106,9 +109,9 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args=extra_args,
         )
-        output = None
-        with self._errors():
-            async for part in self._running().generate(_prompt(token_ids), params, self._name()):
+        output, name = None, self._name()
+        with self._errors(), self.meter.scoring(name, len(token_ids)):
+            async for part in self._running().generate(_prompt(token_ids), params, name):
                 output = part
         if output is None:
             raise TeacherFailed from RuntimeError("the engine ended a prompt without an output")
@@ -144,7 +147,7 @@ class Engine:
         )
         outputs = self._running().generate(_prompt(token_ids), params, self._name())
         try:
-            with self._errors():
+            with self._errors(), self.meter.generating():
                 async for output in outputs:
                     part = output.outputs[0]
                     if part.finish_reason not in (None, "stop", "length"):

@@ -18,6 +18,7 @@ from torch import Tensor
 from protos.scores import Field, ScoreSpec
 from teacher_server.backends import packing
 from teacher_server.backends.readout import Rows
+from teacher_server.backends.stopwatch import Stopwatch
 from teacher_server.backends.vllm_wire import FINITE, Question
 
 _STATES_ALONE = frozenset({Field.HIDDEN_STATES})
@@ -75,6 +76,8 @@ class PromptScorer:
         self._device = device
         self._chunk = chunk
         self._prompts: dict[str, _Prompt] = {}
+        self.stopwatch = Stopwatch()
+        """Runs while scores are read out."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._prompts
@@ -126,10 +129,14 @@ class PromptScorer:
             if question.fields != _STATES_ALONE:
                 key = (question.spec, question.fields, question.candidates, question.plain)
                 groups[key].append(part)
+        if not groups:
+            return
+        self.stopwatch.start(self._device)
         for group in groups.values():
             ranges = ((part, 0, part.last - part.first) for part in group)
             for chunk in packing.chunks(ranges, self._chunk):
                 self._read([part.rows(first, last) for part, first, last in chunk])
+        self.stopwatch.stop()
 
     def _allocate(self, prompt: _Prompt, rows: int, hidden: Tensor) -> None:
         question, device = prompt.question, self._device

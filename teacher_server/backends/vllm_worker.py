@@ -29,13 +29,15 @@ class TeacherWorker:
         """Puts the scorer in place; what it found of this worker: runner, head, hidden width and dtype, shard."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         model: nn.Module = runner.get_model()
-        found: dict[str, Any] = {"runner": "none", "head": "none", "masks": True}
+        found: dict[str, Any] = {"runner": "none", "head": "none", "masks": True, "measures": True}
         self.teacher_lm_head: LmHead | None = None
+        self.teacher_scorer: PromptScorer | None = None
         if not _last_stage():
             return found
         device = torch.device(runner.device)
         head = self.teacher_lm_head = LmHead.of(model, vocab_size, device, _tensor_group())
         scorer = PromptScorer(head.read, device, readout.chunk_rows(vocab_size, device))
+        self.teacher_scorer = scorer
         config: Any = self.vllm_config.model_config  # type: ignore[attr-defined]
         found |= {"head": "engine" if head.direct is None else "direct", "kernels": type(head.kernels).__name__}
         found |= {"hidden_size": int(config.get_hidden_size()), "hidden_dtype": dtype_name(config.dtype)}
@@ -48,6 +50,10 @@ class TeacherWorker:
             runner.input_batch.generators = _Generators()
         _mask_padding(model, vocab_size)
         return found | {"runner": "v1"}
+
+    def teacher_readout_s(self) -> float:
+        """Seconds in which scores were read out since the last time that this was asked."""
+        return 0.0 if self.teacher_scorer is None else self.teacher_scorer.stopwatch.take()
 
     def teacher_head_rows(self, first: int, last: int) -> tuple[int, bytes, bytes] | None:
         """(first row held here, bytes of the weight, of the bias) of the LM head's rows first..last-1; None without."""
