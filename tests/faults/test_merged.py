@@ -5,6 +5,7 @@ python -m tests.faults.test_merged 1000
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -62,7 +63,18 @@ def asked_at_once(call: Any, messages: list[pb.ScoreRequest]) -> list[str | byte
     return found
 
 
-def rounds(server: Server, number: int, kinds: list[str]) -> Counter[str]:
+def close(a: str | bytes, b: str | bytes) -> bool:
+    """Whether two answers differ by rounding alone: a real engine's depends on the shape of its batch."""
+    if isinstance(a, str) or isinstance(b, str):
+        return False
+    (one, other) = (codec.ScoreResponseReader(1).add_bytes(data) for data in (a, b))
+    assert one is not None
+    assert other is not None
+    pairs = zip(one[1].arrays().values(), other[1].arrays().values(), strict=True)
+    return all(np.allclose(x, y, atol=1e-4) for x, y in pairs)
+
+
+def rounds(server: Server, number: int, kinds: list[str], same: Any = operator.eq) -> Counter[str]:
     """Puts a bad call at a random place among the good ones, `number` times; how the bad ones ended."""
     rng, ended = np.random.default_rng(0), Counter[str]()
     with grpc.insecure_channel(server.grpc) as channel:
@@ -78,7 +90,7 @@ def rounds(server: Server, number: int, kinds: list[str]) -> Counter[str]:
             answers = asked_at_once(call, mixed)
             assert answers[place] == status, (kinds[turn % len(kinds)], answers[place])
             ended[status] += 1
-            wrong = [i for i in range(CALLS) if i != place and answers[i] != right[i]]
+            wrong = [i for i in range(CALLS) if i != place and not same(answers[i], right[i])]
             assert not wrong, (turn, kinds[turn % len(kinds)], wrong)
     return ended
 
@@ -111,11 +123,11 @@ def broken_qwen3(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_the_same_in_batches_of_a_real_model(tmp_path: Path) -> None:
+def test_the_same_up_to_rounding_in_batches_of_a_real_model(tmp_path: Path) -> None:
     options = BackendOptions(str(broken_qwen3(tmp_path)), dtype="float32", device="cpu", max_sequence_tokens=100)
     with serving(lambda: make_backend(options), cache={"enabled": False}) as running:
-        ended = rounds(running, 30, ["fails in the engine", "an id of nobody", "too long"])
-        assert ended["INTERNAL"] == 10
+        ended = rounds(running, 12, ["fails in the engine", "an id of nobody", "too long"], close)
+        assert ended["INTERNAL"] == 4
         assert running.metric("teacher_engine_restarts_total") == 0
 
 
