@@ -34,11 +34,12 @@ help:
 demo: .venv/demo.stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) main_distillation.py --config config/demo.yaml --stage all
 
+# PYTEST_ARGS: more arguments for pytest, for example "-k cache" or "--minutes 5".
 test: .venv/dev.stamp
-	$(PY) -m pytest
+	$(PY) -m pytest $(PYTEST_ARGS)
 
 test-slow: .venv/dev.stamp
-	$(PY) -m pytest -m "slow and not vllm"
+	$(PY) -m pytest -m "slow and not vllm" --ignore tests/deployment/test_containers.py $(PYTEST_ARGS)
 
 test-containers: .venv/dev.stamp
 	$(PY) -m pytest -m slow tests/deployment/test_containers.py
