@@ -54,11 +54,10 @@ def teacher(work: Path, tokens_per_second: float = 0.0) -> Iterator[dict[str, st
 
 
 def scored_tokens(http: str) -> float:
-    """Tokens that a server has scored, as its metrics say."""
+    """Tokens that a server has scored for all clients, as its metrics say."""
     with urllib.request.urlopen(f"{http}/metrics") as answer:
         text = answer.read().decode()
-    (found,) = re.findall(r"^teacher_scored_tokens_total (\S+)$", text, re.MULTILINE)
-    return float(found)
+    return sum(map(float, re.findall(r"^teacher_scored_tokens_total\{[^}]*\} (\S+)$", text, re.MULTILINE)))
 
 
 class Bench:
