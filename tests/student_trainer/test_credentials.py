@@ -15,6 +15,7 @@ from student_trainer.opening import _connect, places
 from student_trainer.settings import to_yaml
 from student_trainer.teacher_client import TeacherClient
 from student_trainer.teacher_client.credentials import Credentials, Key
+from student_trainer.teacher_client.tracing import NO_TRACER
 from teacher_server.keys import make_key, write
 from tests.servers import Server, serving, theory
 
@@ -28,7 +29,7 @@ def open_one(run: Config, own: bool = False) -> TeacherClient:
     """The client of the run's teacher; `own` as if the run had started it."""
     (place,) = places(run, "all", {None})
     assert place.endpoint is not None
-    return _connect(run, dataclasses.replace(place, endpoint=None) if own else place, place.endpoint, "", print)
+    return _connect(run, dataclasses.replace(place, endpoint=None) if own else place, place.endpoint, "", print, NO_TRACER)
 
 
 def test_the_key_goes_from_its_file_to_the_teacher_and_into_no_setting(tmp_path: Path) -> None:

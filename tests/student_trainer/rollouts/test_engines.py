@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from types import MethodType
 from typing import Any
@@ -160,6 +161,7 @@ def test_a_forward_pass_under_autocast_samples_too(
 ) -> None:
     plain = type(student).forward
 
+    @functools.wraps(plain)
     def forward(self: Any, *arguments: Any, **options: Any) -> Any:
         with torch.autocast(self.device.type, torch.bfloat16):
             return plain(self, *arguments, **options)
