@@ -29,7 +29,9 @@ def open_one(run: Config, own: bool = False) -> TeacherClient:
     """The client of the run's teacher; `own` as if the run had started it."""
     (place,) = places(run, "all", {None})
     assert place.endpoint is not None
-    return _connect(run, dataclasses.replace(place, endpoint=None) if own else place, place.endpoint, "", print, NO_TRACER)
+    return _connect(
+        run, dataclasses.replace(place, endpoint=None) if own else place, place.endpoint, "", print, NO_TRACER
+    )
 
 
 def test_the_key_goes_from_its_file_to_the_teacher_and_into_no_setting(tmp_path: Path) -> None:
