@@ -92,7 +92,7 @@ class Losses:
     def __init__(self, model: Any, tokens: Tensor, a: argparse.Namespace) -> None:
         head = model.get_output_embeddings().weight.detach()
         self.tokens, self.a, self.n = tokens, a, len(tokens)
-        self.width, self.real = int(head.shape[0]), a.vocab if head.shape[0] > a.vocab else int(head.shape[0])
+        self.real = min(a.vocab, int(head.shape[0]))
         generator = torch.Generator(head.device).manual_seed(1)
         dtype = torch.bfloat16 if head.is_cuda else torch.float32
         self.teacher_head = torch.empty_like(head, dtype=dtype).normal_(0, 0.02, generator=generator)
@@ -101,12 +101,7 @@ class Losses:
 
     def ready(self) -> dict[str, Callable[[], LossOf]]:
         """Losses by name; each function lays out what the teacher said and gives the loss."""
-        found = {"top-64": self.top_k, "full": self.full}
-        if has("trl"):
-            found["TRL"] = self.trl
-        if has("liger_kernel") and self.teacher_head.is_cuda:
-            found["Liger"] = self.liger
-        return found
+        return {"top-64": self.top_k, "full": self.full, "TRL": self.trl, "Liger": self.liger}
 
     def top_k(self) -> LossOf:
         """The project's, on a support."""

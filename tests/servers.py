@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import grpc
 import httpx
 
 from teacher_server.app import App
@@ -164,3 +165,16 @@ def process(
         finally:
             running.terminate()
             running.wait(WAIT_S)
+
+
+def ended(call: grpc.Call) -> str:
+    """The name of a call's status, OK where it has begun to answer."""
+    try:
+        next(call)  # type: ignore[call-overload]
+    except StopIteration:
+        return "OK"
+    except grpc.RpcError as error:
+        return str(error.code().name)  # type: ignore[attr-defined]
+    finally:
+        call.cancel()
+    return "OK"

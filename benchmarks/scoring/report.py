@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.pages import between
 from benchmarks.scoring.shapes import SHAPES
 from benchmarks.scoring.work import GRPC, HTTP, PREFILL, TOP_64, VLLM_HTTP
 from protos.scores import Field
@@ -179,9 +180,4 @@ def text(result: Result) -> str:
 
 def with_results(page: str, results: Sequence[Result]) -> str:
     """The page with these results between its markers; ValueError where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no place for results; it needs the lines {BEGIN} and {END}")
-    inside = "\n".join(text(result) for result in results) or "None yet.\n"
-    return f"{before}{BEGIN}\n\n{inside}\n{END}{after}"
+    return between(page, BEGIN, END, "\n".join(text(result) for result in results) or "None yet.\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.pages import between
 from benchmarks.scoring.report import Bar, padded
 
 Result = dict[str, Any]
@@ -111,8 +112,4 @@ def _shown(number: float, bar: Bar) -> str:
 
 def with_result(page: str, result: Result) -> str:
     """The page with this result between its markers; ValueError where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no place for results; it needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text(result)}\n{END}{after}"
+    return between(page, BEGIN, END, text(result))

@@ -9,6 +9,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.pages import between
+
 Run = dict[str, Any]
 Result = dict[str, Any]
 
@@ -105,8 +107,4 @@ def table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 
 def with_result(page: str, result: Result) -> str:
     """The page with this result between its markers; ValueError where it has none."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no place for results; it needs the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n\n{text(result)}\n{END}{after}"
+    return between(page, BEGIN, END, text(result))

@@ -33,6 +33,8 @@ class SupportReader:
         tokens_n = targets.token_ids_N
         none_n = torch.full((len(targets),), -1, dtype=torch.int32, device=targets.device)
         self.places = Places(targets.ids_NK.int(), none_n if tokens_n is None else tokens_n.int())
+        in_support_n = (self.places.ids_NK == self.places.tokens_N[:, None]).any(-1)
+        self._outside = Places(self.places.ids_NK, self.places.tokens_N.masked_fill(in_support_n, -1))
         self.sums = Sums.empty(self.places, projector.accurate)
         self._slopes: Slopes | None = None
 
@@ -53,11 +55,8 @@ class SupportReader:
     def differentiate(self, block_nB: Tensor, columns: slice) -> None:
         """Overwrites a block by the gradient; after `solve`."""
         assert self._slopes is not None
-        tokens_n = self.places.tokens_N
-        in_support_n = (self.places.ids_NK == tokens_n[:, None]).any(-1)
-        outside = Places(self.places.ids_NK, tokens_n.masked_fill(in_support_n, -1))
         real, t = real_of(columns, self.size), self.targets.temperature
-        self.kernels.differentiate(block_nB, columns.start, real, outside, self._slopes, t)
+        self.kernels.differentiate(block_nB, columns.start, real, self._outside, self._slopes, t)
 
     def solve(self, weights_n: Tensor, weigh: Weigh | None, need_grad: bool) -> tuple[Tensor, Metrics]:
         """Values and metrics of the positions, and, kept for `differentiate`, what the gradient of the values' weighted

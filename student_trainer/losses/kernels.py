@@ -171,11 +171,10 @@ class TorchKernels:
     def absorb(self, block_NB: Tensor, first: int, real: int, places: Places, sums: Sums, temperature: float) -> None:
         """See `Kernels`."""
         z_NB = block_NB[:, :real]
-        rows_N, columns_N = _inside(places.tokens_N[:, None], first, real)
+        rows_N, _, columns_N = _inside(places.tokens_N[:, None], first, real)
         sums.token_N[rows_N] = z_NB[rows_N, columns_N].to(sums.token_N.dtype)
-        rows_S, columns_S = _inside(places.ids_NK, first, real)
-        here = (places.ids_NK >= first) & (places.ids_NK < first + real)
-        sums.support_NK[here] = z_NB[rows_S, columns_S].to(sums.support_NK.dtype)
+        rows_S, k_S, columns_S = _inside(places.ids_NK, first, real)
+        sums.support_NK[rows_S, k_S] = z_NB[rows_S, columns_S].to(sums.support_NK.dtype)
         z_NB[rows_S, columns_S] = -torch.inf
         wide_NB = z_NB.to(sums.max_N.dtype)
         max_N = torch.maximum(sums.max_N, wide_NB.amax(1))
@@ -199,10 +198,9 @@ class TorchKernels:
         gradient_NB = slopes.slope_N[:, None] * (z_NB / temperature - slopes.shift_N[:, None]).exp()
         if slopes.slope_1_N is not None and slopes.shift_1_N is not None:
             gradient_NB += slopes.slope_1_N[:, None] * (z_NB - slopes.shift_1_N[:, None]).exp()
-        rows_S, columns_S = _inside(places.ids_NK, first, real)
-        here = (places.ids_NK >= first) & (places.ids_NK < first + real)
-        gradient_NB[rows_S, columns_S] = slopes.support_NK[here]
-        rows_N, columns_N = _inside(places.tokens_N[:, None], first, real)
+        rows_S, k_S, columns_S = _inside(places.ids_NK, first, real)
+        gradient_NB[rows_S, columns_S] = slopes.support_NK[rows_S, k_S]
+        rows_N, _, columns_N = _inside(places.tokens_N[:, None], first, real)
         gradient_NB[rows_N, columns_N] = slopes.token_N[rows_N]
         block_NB[:, :real] = gradient_NB
 
@@ -219,7 +217,7 @@ class TorchKernels:
         """See `Kernels`."""
         dtype = sums.max_N.dtype
         z_NB, y_NB = block_NB[:, :real].to(dtype), teacher_NB[:, :real].to(dtype)
-        rows_N, columns_N = _inside(tokens_N[:, None], first, real)
+        rows_N, _, columns_N = _inside(tokens_N[:, None], first, real)
         sums.token_N[rows_N] = z_NB[rows_N, columns_N]
         max_N, top_N = torch.maximum(sums.max_N, z_NB.amax(1)), torch.maximum(sums.teacher_max_N, y_NB.amax(1))
         # How far the sums so far were above the new maxima; they are empty where that is infinite.
@@ -272,7 +270,7 @@ class TorchKernels:
         if slopes.slope_1_N is not None:
             z_NB = block_NB[:, :real].to(gradient_NB.dtype)
             gradient_NB += slopes.slope_1_N[:, None] * (z_NB - slopes.shift_1_N[:, None]).exp()
-            rows_N, columns_N = _inside(tokens_N[:, None], first, real)
+            rows_N, _, columns_N = _inside(tokens_N[:, None], first, real)
             gradient_NB[rows_N, columns_N] -= slopes.slope_1_N[rows_N]
         block_NB[:, :real] = gradient_NB
         block_NB[:, real:] = 0
@@ -295,10 +293,10 @@ def real_of(columns: slice, vocab_size: int) -> int:
     return max(0, min(int(columns.stop), vocab_size) - int(columns.start))
 
 
-def _inside(ids_NK: Tensor, first: int, real: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64, of the ids that stand in a block, in the order of the ids."""
+def _inside(ids_NK: Tensor, first: int, real: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the ids that stand in a block: their rows, their places among K, and their columns in the block, int64."""
     rows, k = ((ids_NK >= first) & (ids_NK < first + real)).nonzero(as_tuple=True)
-    return rows, ids_NK[rows, k].long() - first
+    return rows, k, ids_NK[rows, k].long() - first
 
 
 def disagreement(kernels: Kernels, device: torch.device) -> str:

@@ -16,7 +16,7 @@ import pytest
 from protos import codec
 from protos.scores import GenerateRequest, Prompt, Sampling, ScoreRequest, ScoreSpec, Sequence
 from protos.teacher.v1 import teacher_pb2 as pb
-from tests.servers import Server, serving, theory, wait_for
+from tests.servers import Server, ended, serving, theory, wait_for
 from tests.teacher_server.test_access import methods
 
 GOOD = ScoreRequest((Sequence([1, 2, 3]),), ScoreSpec(2))
@@ -69,19 +69,6 @@ def outcomes(server: Server, number: int) -> Counter[tuple[str, str]]:
                     running.clear()
             found.update((method, ended(one)) for one in running)
     return found
-
-
-def ended(call: grpc.Call) -> str:
-    """The name of a call's status, OK where it has begun to answer."""
-    try:
-        next(call)  # type: ignore[call-overload]
-    except StopIteration:
-        return "OK"
-    except grpc.RpcError as error:
-        return str(error.code().name)  # type: ignore[attr-defined]
-    finally:
-        call.cancel()
-    return "OK"
 
 
 SENSE = {"OK", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "UNIMPLEMENTED", "NOT_FOUND"}

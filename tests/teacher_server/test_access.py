@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from teacher_server.auth import Permission
 from teacher_server.keys import make_key, write
 from teacher_server.transports import access
-from tests.servers import Server, bearer, serving, theory
+from tests.servers import Server, bearer, ended, serving, theory
 
 KEYS = {permission.value: make_key(permission.value, may=[permission]) for permission in Permission}
 ALL_KEY, ALL_STORED = make_key("all")
@@ -69,15 +69,7 @@ def status(server: Server, method: str, key: str, message: bytes = b"") -> str:
     """The name of the status of a call with one message, or OK."""
     with grpc.insecure_channel(server.grpc) as channel:
         call = channel.stream_stream(method)(iter([message]), metadata=tuple(bearer(key).items()), timeout=10)
-        try:
-            next(call)
-        except StopIteration:
-            return "OK"
-        except grpc.RpcError as error:
-            return str(error.code().name)  # type: ignore[attr-defined]
-        finally:
-            call.cancel()
-    return "OK"
+        return ended(call)
 
 
 def test_every_route_and_method_has_a_decision_and_no_decision_is_left_over(locked: Server) -> None:
