@@ -49,15 +49,20 @@ class StartError(Exception):
 
 
 class App:
-    """A server that `run` starts, serves and stops. Make it on the event loop that runs it."""
+    """A server that `run` starts, serves and stops. Make it on the event loop that runs it.
+
+    `on_ready()` is called once, when the engine has been loaded and before the first call is let in.
+    """
 
     def __init__(
         self,
         config: ServerConfig,
         make_backend: Callable[[], Backend],
         authenticator: Authenticator | None = None,
+        on_ready: Callable[[], object] = lambda: None,
     ) -> None:
         self._config = config
+        self._on_ready = on_ready
         self._make_backend = make_backend
         self._stopping = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -168,6 +173,7 @@ class App:
             await self.service.attach(engine)
         except OSError as error:
             raise StartError(f"cannot keep scores in {self._config.cache.folder}: {_one_line(error)}") from error
+        self._on_ready()
         self._grpc.set_serving(await engine.healthy())
         log.info("ready: gRPC %s  HTTP %s", self.grpc_address, self.http_address)
         log.info("listening on %s", ", ".join(await asyncio.to_thread(listening)))
