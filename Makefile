@@ -4,6 +4,7 @@
 #   make test-vllm    the tests of teacher and student with the real vLLM on the CPU, in .venv-vllm
 #   make test-containers   images and Compose with the Docker engine that is reachable
 #   make lint         ruff, mypy, import contracts, buf
+#   make docs         the site of docs/ in build/site; any warning is an error
 #   make protos       generates protos/teacher/v1/*_pb2* again after a change of the .proto
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
@@ -11,9 +12,9 @@ PY := .venv/bin/python
 SHELL := /bin/sh
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test test-slow test-vllm test-containers lint format protos clean
+.PHONY: help demo test test-slow test-vllm test-containers lint docs format protos clean
 help:
-	@sed -n '2,8s/^# *//p' Makefile
+	@sed -n '2,9s/^# *//p' Makefile
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed; none was found. Name one: make PYTHON=/path/to/python3.12 ..."; exit 1; }
@@ -26,7 +27,7 @@ help:
 
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -e '.[server,trainer,dev]'
+	$(PY) -m pip install --quiet -e '.[server,trainer,dev,docs]'
 	@touch $@ .venv/demo.stamp
 
 # One thread each for the trainer and the teacher that it starts: the models are tiny, and two pools of threads that share
@@ -68,6 +69,10 @@ lint: .venv/dev.stamp
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 	.venv/bin/buf lint
+
+# The variable keeps the theme from announcing its successor at every build.
+docs: .venv/dev.stamp
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 format: .venv/dev.stamp
 	$(PY) -m ruff check --fix .

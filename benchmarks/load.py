@@ -5,7 +5,7 @@
     python benchmarks/load.py --quick
 
 A real server process, first with an engine of a set speed, then with a tiny Qwen3, and K clients of it on this
-process's event loop; see docs/reliability.md. It takes about seven minutes. The exit code is 1 where a bar was missed.
+process's event loop; see docs/reliability.md. It takes about nine minutes. The exit code is 1 where a bar was missed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 # The trainer, without a GPU or for one, which needs PyPI's build of torch and a compiler:
 #   docker build -f docker/trainer.Dockerfile -t strong2weak-trainer --build-arg TORCH_INDEX_URL=https://pypi.org/simple \
-#       --build-arg EXTRAS="trainer bitsandbytes" --build-arg SYSTEM_PACKAGES="gcc libc6-dev" .
+#       --build-arg EXTRAS="trainer metrics bitsandbytes" --build-arg SYSTEM_PACKAGES="gcc libc6-dev" .
 # Pinned like docker/teacher.Dockerfile, with whose target cpu it shares torch's layer.
 ARG PYTHON_IMAGE=python:3.11-slim
 ARG PYTHON_DIGEST=
@@ -10,41 +10,47 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
 WORKDIR /src
 RUN python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
-COPY pyproject.toml docker/requirements.py ./
 
-FROM base AS wheel
+# Lists of packages are made here, so that what is installed from them is installed again only where a list has changed.
+FROM base AS lists
+COPY pyproject.toml docker/requirements.py ./
+ARG EXTRAS="trainer metrics"
+RUN python requirements.py --only torch server > torch.txt && python requirements.py ${EXTRAS} > trainer.txt
+
+# The code, by itself: a change of it copies and installs nothing else.
+FROM base AS code
 ARG PIP_INDEX_URL=
 ARG PIP_CERT=
-COPY README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE ./
 COPY protos protos
 COPY teacher_server teacher_server
 COPY student_trainer student_trainer
 COPY tiny_pair tiny_pair
-RUN pip wheel --no-deps --wheel-dir /wheels .
+RUN pip install --no-deps --target /opt/code .
 
 FROM base AS packages
 ARG PIP_INDEX_URL=
 ARG PIP_CERT=
 ARG PIP_FIND_LINKS=
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-RUN python requirements.py --only torch server > torch.txt && pip install --extra-index-url "${TORCH_INDEX_URL}" -r torch.txt
-ARG EXTRAS="trainer"
-RUN python requirements.py ${EXTRAS} > all.txt && pip install -r all.txt
-COPY --from=wheel /wheels /wheels
-RUN pip install --no-deps /wheels/*.whl
+COPY --from=lists /src/torch.txt ./
+RUN pip install --extra-index-url "${TORCH_INDEX_URL}" -r torch.txt
+COPY --from=lists /src/trainer.txt ./
+RUN pip install -r trainer.txt
 
 FROM ${PYTHON_IMAGE}${PYTHON_DIGEST} AS trainer
 # A compiler, where kernels are compiled as they are first used (Triton, on a GPU): --build-arg SYSTEM_PACKAGES="gcc libc6-dev".
 ARG SYSTEM_PACKAGES=
 RUN if [ -n "${SYSTEM_PACKAGES}" ]; then apt-get update && apt-get install -y --no-install-recommends ${SYSTEM_PACKAGES} \
     && rm -rf /var/lib/apt/lists/*; fi
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH \
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/venv/bin:$PATH PYTHONPATH=/opt/code \
     HOME=/cache HF_HOME=/cache/huggingface XDG_CACHE_HOME=/cache TMPDIR=/tmp \
     TORCHINDUCTOR_CACHE_DIR=/cache/inductor TRITON_CACHE_DIR=/cache/triton CUDA_CACHE_PATH=/cache/cuda \
     STRONG2WEAK_TRAINING__OUTPUT_DIR=/outputs STRONG2WEAK_TRAINING__LOG_FILE=/outputs/distillation.log
 RUN groupadd --gid 10001 app && useradd --uid 10001 --gid 10001 --home-dir /cache app \
     && install -d -o app -g app /cache /outputs
 COPY --from=packages /opt/venv /opt/venv
+COPY --from=code /opt/code /opt/code
 WORKDIR /app
 COPY main_distillation.py ./
 COPY config config

@@ -15,13 +15,13 @@ QUEUE_S = 1.5
 
 @dataclass(frozen=True)
 class Plan:
-    """One run; the defaults take about seven minutes."""
+    """One run; the defaults take about nine minutes."""
 
     clients: tuple[int, ...] = (1, 8, 32, 128)
     loads: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Times the capacity."""
     warm_s: float = 1.5
-    seconds: float = 5.0
+    seconds: float = 8.0
     many_seconds: float = 24.0
     """Of a measurement with more than 64 clients and the theoretical engine, so that each is answered some calls."""
     steady_s: float = 20.0
