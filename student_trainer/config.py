@@ -156,6 +156,11 @@ class Training(Section):
     """Continue from the newest checkpoint of each stage, or from the checkpoint folder named here."""
     log_file: str = "distillation.log"
     """File that gets everything the console shows, and more."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port at which a run serves its numbers to Prometheus (`GET /metrics`), without a key and without TLS; each run on
+    a machine needs its own (`pip install 'strong2weak[metrics]'`). null serves none."""
+    metrics_host: str = "127.0.0.1"
+    """Address of the port for metrics; 0.0.0.0 lets other machines read them."""
     traces_endpoint: str | None = None
     """Where OpenTelemetry spans of steps and teacher calls go by OTLP over HTTP, such as
     http://localhost:4318/v1/traces (`pip install 'strong2weak[otel]'`); null traces nothing."""

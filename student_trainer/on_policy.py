@@ -33,6 +33,7 @@ from .evaluation import Student, requests_for, rollout_row
 from .feed import MicroBatch
 from .in_flight import Asked, Flight
 from .losses import Head, Targets, student_top_k
+from .meters import RolloutMeter
 from .mixture import mixed
 from .modes import assign_modes
 from .packing import forward_inputs
@@ -53,7 +54,8 @@ def distil(session: Session, student: Student) -> Outcome:
     layout = on_policy_layout(session.config.training.output_dir)
     checkpoint = begin(session, layout)
     loss = StageLoss.on_policy(options, session.teachers.normalized_size, session.teachers.head)
-    rollouts = RolloutFeed(session.config, session.train, student, session.teachers, loss)
+    meter = RolloutMeter(session.metrics)
+    rollouts = RolloutFeed(session.config, session.train, student, session.teachers, loss, meter)
     with mixed(session, layout, rollouts, loss) as feed:
         measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 2, on-policy")
     return Outcome(layout.best_model, measured, time.monotonic() - started)
@@ -63,8 +65,15 @@ class RolloutFeed:
     """Micro-batches of rollouts of the present student, or of one that is `ahead` optimizer steps older."""
 
     def __init__(
-        self, config: Config, examples: Sequence[Example], student: Student, teachers: Teachers, loss: StageLoss
+        self,
+        config: Config,
+        examples: Sequence[Example],
+        student: Student,
+        teachers: Teachers,
+        loss: StageLoss,
+        meter: RolloutMeter | None = None,
     ) -> None:
+        self._meter = meter or RolloutMeter(None)
         self.config, self.options = config, config.policy_distillation
         self.student, self.teachers, self.loss = student, teachers, loss
         self.ahead = self.options.max_staleness
@@ -85,8 +94,10 @@ class RolloutFeed:
 
     def announce(self, step: Step) -> None:
         """Samples the step's rollouts with the present weights; each few go to the teacher as soon as they end."""
-        if step.number in self._flights and self._flights[step.number].step == step:
-            return  # a checkpoint held them
+        restored = step.number in self._flights and self._flights[step.number].step == step
+        self._meter.announced(step.number, restored)
+        if restored:
+            return
         examples = [self.examples[i] for indices in step.micro_batches for i in indices]
         modes = assign_modes(examples, self.options.thinking_prob, self.config.training.seed + step.epoch)
         requests = [self._requests[e.id, mode] for e, mode in zip(examples, modes, strict=True)]
@@ -101,6 +112,7 @@ class RolloutFeed:
         """As many micro-batches as the step has, each of rollouts of similar length, short first."""
         for earlier in [number for number in self._flights if number < step.number]:
             del self._flights[earlier]
+        self._meter.taken(step.number, self.ahead)
         asked = self._flights[step.number].asked
         lengths = [len(a.row.ids) for a in asked]
         parts = cut(lengths, len(step.micro_batches), packed=packing.packs(self.student.model))
@@ -143,6 +155,7 @@ class RolloutFeed:
         """One rollout of each request, as they end. Thinking ones begin first: the longest should not be last."""
         options = self.options
         requests = sorted(requests, key=lambda r: not r.mode.thinking)
+        began = time.monotonic()
         self.student.engine.update_weights()
         for place, rollout in self.student.engine.sample(
             [r.prompt_ids for r in requests],
@@ -153,7 +166,9 @@ class RolloutFeed:
             logprobs=self.weighs,
             names=[r.example_id for r in requests],
         ):
+            self._meter.ended(requests[place].mode, len(rollout.completion_ids), time.monotonic() - began)
             yield rollout_row(rollout, requests[place]), rollout
+            began = time.monotonic()
 
     @property
     def weighs(self) -> bool:

@@ -10,10 +10,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -26,6 +26,9 @@ from . import trackio_report
 from .config import Training
 from .errors import UserError
 from .storage import write_json
+
+if TYPE_CHECKING:
+    from .metrics_server import Metrics
 
 log = logging.getLogger("student_trainer")
 
@@ -236,6 +239,21 @@ def check_reports(training: Training) -> None:
     report_to(training)
     if training.use_trackio:
         trackio_report.check()
+    if training.metrics_port is not None and not find_spec("prometheus_client"):
+        how = "run: pip install 'strong2weak[metrics]', or set this to null"
+        raise UserError("prometheus-client is not installed", "training.metrics_port", how)
+
+
+def open_metrics(training: Training, stack: ExitStack) -> Metrics | None:
+    """The run's numbers, served to Prometheus until `stack` is closed; None where they are not asked for."""
+    if training.metrics_port is None:
+        return None
+    from .metrics_server import Metrics, serve
+
+    metrics = Metrics(Path(training.output_dir).name)
+    serve(metrics, training.metrics_host, training.metrics_port, stack)
+    log.info("metrics are at http://%s:%d/metrics", training.metrics_host, training.metrics_port)
+    return metrics
 
 
 def finish_reports(training: Training) -> None:

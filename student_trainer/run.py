@@ -22,12 +22,13 @@ from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layou
 from .config import Config
 from .data import load_examples
 from .evaluation import Evaluator, Student, answer_text
+from .meters import CallMeter
 from .model_card import check_push, push
 from .models import describe
 from .modes import render
 from .opening import open_teachers
 from .report import RunReport
-from .reporting import Reporter, check_reports, final_table, logging_to
+from .reporting import Reporter, check_reports, final_table, logging_to, open_metrics
 from .rollouts import in_order
 from .settings import to_yaml
 from .stage import Outcome, Session, open_student, report, training_device
@@ -71,16 +72,19 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         tracer = None
         if config.training.traces_endpoint is not None:
             tracer = open_tracer(config.training.traces_endpoint, config.training.output_dir, stack)
-        teachers = open_teachers(
-            config, stage, description, domains, reporter, training_device, stack, tracer or NO_TRACER
-        )
+        metrics = open_metrics(config.training, stack) if main and stage != "test" else None
+        calls = CallMeter(metrics, tracer or NO_TRACER) if metrics is not None else tracer or NO_TRACER
+        teachers = open_teachers(config, stage, description, domains, reporter, training_device, stack, calls)
+        if metrics is not None:
+            metrics.about(str(source), [t.info for t in teachers.all])
+            metrics.watch(lambda: [server for t in teachers.all for server in t.client.replicas()])
         if stage == "test":
             try_both(config, teachers, source, train[0].messages)
             return
         evaluator = Evaluator(config, teachers, description.tokenizer, validation, verifier, reporter)
         stack.callback(evaluator.close)
         record = RunReport(config, stage, teachers.by_scope(), sys.orig_argv, main)
-        session = Session(config, teachers, train, evaluator, reporter, config.training.resume, record, tracer)
+        session = Session(config, teachers, train, evaluator, reporter, config.training.resume, record, tracer, metrics)
         with record.kept():
             rows = run_stages(session, stage, source)
             if main:

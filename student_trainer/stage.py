@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
@@ -26,6 +26,7 @@ from .errors import Interrupted, UserError
 from .evaluation import Evaluator, Measurement, Student
 from .feed import Feed
 from .history import History
+from .meters import StageMeter
 from .models import complete_model, eos_ids, load_student, load_tokenizer
 from .objective_forward import accept_objective
 from .report import RunReport
@@ -35,6 +36,9 @@ from .stopping import Stopper
 from .teachers import Teachers
 from .traces import OtelTracer, StepSpans
 from .trackio_report import TrackioReport
+
+if TYPE_CHECKING:
+    from .metrics_server import Metrics
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,7 @@ class Session:
     resume: bool | str
     record: RunReport
     tracer: OtelTracer | None = None
+    metrics: Metrics | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +187,9 @@ def train(
     ]
     if session.tracer is not None:
         callbacks.append(StepSpans(session.tracer, layout.stage))
+    meter = StageMeter(session.metrics, layout.stage) if session.metrics is not None else None
+    if meter is not None:
+        callbacks.append(meter)
     if session.config.training.use_tensorboard and distributed.is_main():
         callbacks.append(reporting.tensorboard(layout.root / "runs"))
     tracker = None
@@ -230,6 +238,8 @@ def train(
             raise trainer.save_and_stop(stop) from None
         finally:
             progress.close()
+            if meter is not None:
+                meter.close()
     log.info("%s: %d steps in %.0f s", label, trainer.state.global_step, time.monotonic() - started)
     last = trainer.last_measurement.values if trainer.last_measurement else {}
     if distributed.on_main(lambda: not layout.best_model.is_dir()):
