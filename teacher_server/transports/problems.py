@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -96,21 +96,21 @@ def framework_reason(status: int) -> str:
     return reason_of(InvalidRequest) if status == HTTPStatus.BAD_REQUEST else HTTPStatus(status).name
 
 
-def explain(faults: list[Any], known: Iterable[str] = ()) -> str:
-    """pydantic's faults in one line: where, what, and what was given; `known` names are offered for unknown ones.
+def explain(faults: list[Any], known: Mapping[str, list[str]] | None = None) -> str:
+    """pydantic's faults in one line: where, what, and what was given; unknown members with what may have been meant.
 
-    Where `known` is given, places are made of these names and of numbers alone: pydantic puts names of our classes in.
+    `known` is the body's `places`. Where it is given, a fault's place is made of these names and of numbers alone:
+    pydantic puts names of our classes in.
     """
-    known, lines = set(known), []
+    known, lines = known or {}, []
     for fault in faults[:SHOWN]:
         path = [part for part in fault["loc"] if part != "body"]
         last = path[-1:] if fault["type"] == "extra_forbidden" else []
         if known:
             path = [part for part in path[: len(path) - len(last)] if isinstance(part, int) or part in known] + last
         where = ".".join(map(str, path)) or "body"
-        if fault["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(str(fault["loc"][-1]), list(known), n=1, cutoff=0.5)
-            lines.append(f"unknown member {where}" + (f", did you mean {close[0]}" if close else ""))
+        if last:
+            lines.append(f"unknown member {where}{_meant(str(last[0]), path[:-1], known)}")
             continue
         given = "" if fault["type"] in ("missing", "value_error", "json_invalid") else f", got {short(fault['input'])}"
         what = "Input should be an object" if fault["type"] in ("model_type", "dict_type") else str(fault["msg"])
@@ -118,16 +118,46 @@ def explain(faults: list[Any], known: Iterable[str] = ()) -> str:
     return "; ".join(lines) + (f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else "")
 
 
+def _meant(name: str, parents: list[Any], known: Mapping[str, list[str]]) -> str:
+    """Where a member of that name belongs, or which one it resembles, first of those beside it."""
+    if name in known:
+        return f"; it belongs in {' or '.join(at if '.' in at else 'the body itself' for at in known[name])}"
+    inside = "".join("[i]" if isinstance(part, int) else f".{part}" for part in parents).removeprefix(".")
+    beside = [own for own, at in known.items() if (f"{inside}.{own}" if inside else own) in at]
+    for names in (beside, list(known)):
+        for close in difflib.get_close_matches(name, names, n=1, cutoff=0.5):
+            return f", did you mean {close if names is beside else ' or '.join(known[close])}"
+    return ""
+
+
+def places(schema: dict[str, Any]) -> dict[str, list[str]]:
+    """All members of a JSON Schema's object, by name, with where each stands: `sequences[i].score_start`."""
+    found: dict[str, list[str]] = {}
+
+    def walk(part: dict[str, Any], at: str, outer: tuple[str, ...]) -> None:
+        reference = part.get("$ref", "")
+        if reference in outer:
+            return
+        if reference:
+            walk(schema["$defs"][reference.rpartition("/")[2]], at, (*outer, reference))
+        for choice in (*part.get("anyOf", ()), *part.get("oneOf", ())):
+            walk(choice, at, outer)
+        if isinstance(part.get("items"), dict):
+            walk(part["items"], f"{at}[i]", outer)
+        for name, member in part.get("properties", {}).items():
+            place = f"{at}.{name}" if at else name
+            if place not in found.setdefault(name, []):
+                found[name].append(place)
+            walk(member, place, outer)
+
+    walk(schema, "", ())
+    return found
+
+
 def invalid_body(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The tree's error for a JSON body that `model` refuses."""
-    schema = model.model_json_schema()
-    parts = [schema, *schema.get("$defs", {}).values()]
-    return InvalidRequest(
-        explain(
-            error.errors(include_url=False, include_context=False),
-            {name for part in parts for name in part.get("properties", {})},
-        )
-    )
+    faults: list[Any] = list(error.errors(include_url=False, include_context=False))
+    return InvalidRequest(explain(faults, places(model.model_json_schema())))
 
 
 def short(value: object) -> str:

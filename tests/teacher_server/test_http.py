@@ -41,6 +41,11 @@ def test_text_and_conversations_can_be_scored(http: httpx.Client, server: Server
     ("body", "detail"),
     [
         ({"sequences": ["ab"], "topk": 1}, "unknown member topk, did you mean top_k"),
+        ({"sequences": ["ab"], "score_start": 1}, "unknown member score_start; it belongs in sequences[i].score_start"),
+        ({"sequences": ["ab"], "scor_start": 1}, "scor_start, did you mean sequences[i].score_start"),
+        ({"sequences": [{"text": "ab", "score_strt": 1}]}, "sequences.0.score_strt, did you mean score_start"),
+        ({"sequences": [{"text": "ab", "top_k": 1}]}, "sequences.0.top_k; it belongs in the body itself"),
+        ({"sequences": [{"text": "ab", "rolle": 1}]}, "rolle, did you mean sequences[i].messages[i].role"),
         ({"sequences": []}, "sequences: List should have at least 1 item"),
         ({"sequences": ["ab"], "want": ["nothing"]}, "want.0: Input should be 'token_logprobs'"),
         ({"sequences": ["a"]}, "sequence 0: a sequence needs at least 2 tokens"),
