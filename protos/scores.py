@@ -55,7 +55,7 @@ class Field(Enum):
 
 
 class FinishReason(Enum):
-    """Why a completion ended: `STOP` with a stop id as its last token, `LENGTH` without one."""
+    """Why a completion ended: `STOP` with a stop id as its last token or a stop string in its text, else `LENGTH`."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -321,8 +321,29 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class TextRules:
+    """How OpenAI's routes want a completion's text; Generate has no such rules: there it is the text of all tokens.
+
+    `stop` are strings that end a completion where they come up; they, or the text of a stop id, are left out of the
+    text unless `show_stop`. `reasoning_apart` keeps what stands between think tags, and the tags, out of the text.
+    """
+
+    stop: tuple[str, ...] = ()
+    show_stop: bool = False
+    reasoning_apart: bool = False
+
+    def __post_init__(self) -> None:
+        if not all(self.stop):
+            raise ValueError("a stop string is empty, and would end every completion before it begins")
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
-    """A call of Generate: prompts, each completed `n` times."""
+    """A call of Generate: prompts, each completed `n` times.
+
+    `alternatives` of the most likely tokens come with each token where `logprobs` are wanted. These and `rules` are
+    for callers in the server: the contract's messages do not carry them.
+    """
 
     prompts: tuple[Prompt, ...]
     sampling: Sampling
@@ -330,10 +351,14 @@ class GenerateRequest:
     logprobs: bool = False
     stream: bool = False
     fingerprint: str = ""
+    alternatives: int = 0
+    rules: TextRules | None = None
 
     def __post_init__(self) -> None:
         if self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")
+        if self.alternatives < 0 or (self.alternatives and not self.logprobs):
+            raise ValueError(f"alternatives must be at least 0 and need logprobs, got {self.alternatives}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,6 +366,9 @@ class CompletionDelta:
     """What one completion gained: `token_ids` int32[R], `logprobs` float32[R] at temperature 1 or None, text.
 
     `finish_reason` is None while it grows; `prompt_token_ids` int32[P] comes with a completion's first delta.
+    `top_token_ids` int32[R,K] and `top_logprobs` float32[R,K] are there where K alternatives were asked for.
+    Under TextRules `reasoning` is the text of `reasoning_tokens` that stand between think tags, and `stop` is the stop
+    string that ended it.
     """
 
     prompt_index: int
@@ -350,14 +378,27 @@ class CompletionDelta:
     text: str = ""
     finish_reason: FinishReason | None = None
     prompt_token_ids: Ids | None = None
+    top_token_ids: Ids | None = None
+    top_logprobs: Floats | None = None
+    reasoning: str = ""
+    reasoning_tokens: int = 0
+    stop: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """A finished completion: prompt int32[P], tokens int32[R] with a stop id last where it stopped, float32[R]."""
+    """A finished completion: prompt int32[P], tokens int32[R] with a stop id last where one stopped it, float32[R].
+
+    See CompletionDelta for the rest.
+    """
 
     prompt_token_ids: Ids
     token_ids: Ids
     text: str
     finish_reason: FinishReason
     logprobs: Floats | None = None
+    top_token_ids: Ids | None = None
+    top_logprobs: Floats | None = None
+    reasoning: str = ""
+    reasoning_tokens: int = 0
+    stop: str = ""

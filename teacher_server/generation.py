@@ -6,25 +6,32 @@ It knows no transport and no queue. Legend: P tokens of a prompt, R new tokens.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from protos.errors import InvalidSequence, TeacherFailed
-from protos.scores import CompletionDelta, GenerateRequest, Ids, Mode, Prompt
+from protos.scores import CompletionDelta, FinishReason, GenerateRequest, Ids, Mode, Prompt
 from teacher_server.backends.base import Backend, Piece, TextCodec
 from teacher_server.detokenizer import Detokenizer
+from teacher_server.grown_text import Grown, GrownText
 
 
-def tokenize(index: int, prompt: Prompt, mode: Mode | None, text: TextCodec) -> Ids:
-    """int32[P] of a prompt; InvalidSequence with its index where the template refuses the messages."""
+def tokenize(
+    index: int, prompt: Prompt, mode: Mode | None, text: TextCodec, *, special: bool = False, opening: bool = True
+) -> Ids:
+    """int32[P] of a prompt; InvalidSequence with its index where the template refuses the messages.
+
+    `special` and `opening` are TextCodec's, for text and for messages.
+    """
     if prompt.token_ids is not None and len(prompt.token_ids):
         return prompt.token_ids
     if prompt.text:
-        return text.encode(prompt.text)
+        return text.encode(prompt.text, special=special)
     try:
-        return text.render(prompt.messages, mode)
+        return text.render(prompt.messages, mode, opening=opening)
     except ValueError as error:
         raise InvalidSequence(f"prompt {index}: {error}", index=index) from error
 
@@ -32,28 +39,53 @@ def tokenize(index: int, prompt: Prompt, mode: Mode | None, text: TextCodec) -> 
 async def complete(
     backend: Backend, request: GenerateRequest, index: int, prompt_ids: Ids, mode: Mode | None
 ) -> AsyncIterator[CompletionDelta]:
-    """The deltas of one prompt's n completions; TeacherFailed where the engine breaks its promises."""
-    texts = [Detokenizer(backend.text.decode) for _ in range(request.n)]
+    """The deltas of one prompt's n completions; TeacherFailed where the engine breaks its promises.
+
+    A completion that a stop string ends is dropped from the engine. Under rules with stop strings the pieces come one
+    by one, stream or not, since somebody must look at them.
+    """
+    rules, texts = request.rules, _texts(backend.text, request, prompt_ids)
     begun, ended = [False] * request.n, [False] * request.n
+    dropped: set[int] = set()
     pieces = backend.generate(
-        prompt_ids, request.sampling, n=request.n, logprobs=request.logprobs, stream=request.stream, mode=mode
+        prompt_ids,
+        request.sampling,
+        n=request.n,
+        logprobs=request.logprobs,
+        stream=request.stream or bool(rules and rules.stop),
+        mode=mode,
+        alternatives=request.alternatives,
+        dropped=dropped,
     )
     try:
         async for group in pieces:
             for piece in group:
                 sample = piece.sample_index
-                _check_piece(piece, request.logprobs, ended[sample])
+                if sample in dropped:
+                    continue
+                _check_piece(piece, request, ended[sample])
+                grown = texts[sample](piece.token_ids, piece.finish_reason)
+                if grown.stop:
+                    dropped.add(sample)
+                    piece = _cut(piece, grown.tokens)
                 ended[sample] = piece.finish_reason is not None
                 yield CompletionDelta(
                     prompt_index=index,
                     sample_index=sample,
                     token_ids=piece.token_ids,
                     logprobs=piece.logprobs,
-                    text=texts[sample].add(piece.token_ids, last=ended[sample]),
+                    text=grown.text,
                     finish_reason=piece.finish_reason,
                     prompt_token_ids=None if begun[sample] else prompt_ids,
+                    top_token_ids=piece.top_token_ids,
+                    top_logprobs=piece.top_logprobs,
+                    reasoning=grown.reasoning,
+                    reasoning_tokens=grown.reasoning_tokens,
+                    stop=grown.stop,
                 )
                 begun[sample] = True
+            if all(ended):
+                break
     finally:
         close = getattr(pieces, "aclose", None)
         if close is not None:
@@ -62,12 +94,41 @@ async def complete(
         raise TeacherFailed from RuntimeError(f"the engine ended {ended.count(False)} completions without a reason")
 
 
-def _check_piece(piece: Piece, logprobs: bool, ended: bool) -> None:
+Read = Callable[[Ids, FinishReason | None], Grown]
+
+
+def _texts(text: TextCodec, request: GenerateRequest, prompt_ids: Ids) -> list[Read]:
+    """What gives the text of each of the n completions as it grows."""
+    if request.rules is not None:
+        return [GrownText(text.decode, request.rules, prompt_ids, text.think_ids).add for _ in range(request.n)]
+
+    def plain(detokenizer: Detokenizer, ids: Ids, reason: FinishReason | None) -> Grown:
+        return Grown(detokenizer.add(ids, last=reason is not None))
+
+    return [partial(plain, Detokenizer(text.decode)) for _ in range(request.n)]
+
+
+def _cut(piece: Piece, tokens: int) -> Piece:
+    """The piece up to the token that completes a stop string."""
+    return Piece(
+        piece.sample_index,
+        piece.token_ids[:tokens],
+        None if piece.logprobs is None else piece.logprobs[:tokens],
+        FinishReason.STOP,
+        None if piece.top_token_ids is None else piece.top_token_ids[:tokens],
+        None if piece.top_logprobs is None else piece.top_logprobs[:tokens],
+    )
+
+
+def _check_piece(piece: Piece, request: GenerateRequest, ended: bool) -> None:
     if ended:
         raise TeacherFailed from RuntimeError("the engine continued a completion that had ended")
-    if logprobs and (piece.logprobs is None or piece.logprobs.shape != piece.token_ids.shape):
+    if request.logprobs and (piece.logprobs is None or piece.logprobs.shape != piece.token_ids.shape):
         raise TeacherFailed from RuntimeError("the engine gave tokens without their log-probabilities")
-    if piece.logprobs is not None and not np.isfinite(piece.logprobs).all():
+    shape = (len(piece.token_ids), request.alternatives)
+    if request.alternatives and any(a is None or a.shape != shape for a in (piece.top_token_ids, piece.top_logprobs)):
+        raise TeacherFailed from RuntimeError("the engine gave tokens without the alternatives to them")
+    if any(a is not None and not np.isfinite(a).all() for a in (piece.logprobs, piece.top_logprobs)):
         raise TeacherFailed from RuntimeError("the engine gave a log-probability that is not finite")
 
 

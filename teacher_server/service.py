@@ -22,7 +22,7 @@ from teacher_server.auth import Caller
 from teacher_server.backends.base import Backend, Room, TextCodec
 from teacher_server.backends.steps import Step
 from teacher_server.cache import DiskTier, ScoreCache
-from teacher_server.calls import RETRY_S, Calls
+from teacher_server.calls import RETRY_S, Call, Calls
 from teacher_server.generation import Merged, complete, tokenize
 from teacher_server.hidden import HiddenBudget
 from teacher_server.lengths import Lengths
@@ -184,11 +184,16 @@ class TeacherService:
         """The teacher's tokenizer and template; Unavailable while it loads or drains."""
         return self._open_backend().text
 
-    def tokenize(self, index: int, prompt: Prompt) -> Ids:
+    def tokenize(self, index: int, prompt: Prompt, *, special: bool = False, opening: bool = True) -> Ids:
         """int32[P] of a prompt in its mode; InvalidSequence where the template refuses, Unsupported for the mode."""
         backend = self._open_backend()
         checks.check_text(index, prompt, backend.info)
-        return tokenize(index, prompt, checks.resolve_mode(prompt, backend.info, index), backend.text)
+        mode = checks.resolve_mode(prompt, backend.info, index)
+        return tokenize(index, prompt, mode, backend.text, special=special, opening=opening)
+
+    def serving(self, method: str, caller: Caller) -> AbstractContextManager[Call]:
+        """For a transport to do in what needs no engine, so that it is counted as a call."""
+        return self._calls.enter(method, caller)
 
     async def score(self, request: ScoreRequest, caller: Caller) -> AsyncGenerator[tuple[int, Scores], None]:
         """(index, scores) of every sequence, in the order in which they are ready.

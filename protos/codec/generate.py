@@ -11,7 +11,9 @@ from protos.teacher.v1 import teacher_pb2 as pb
 
 
 def encode_generate_request(request: domain.GenerateRequest) -> pb.GenerateRequest:
-    """The message of a Generate call."""
+    """The message of a Generate call; ValueError for what the contract does not carry."""
+    if request.alternatives or request.rules is not None:
+        raise ValueError("the contract's Generate carries neither alternatives nor rules of the text")
     s = request.sampling
     return pb.GenerateRequest(
         prompts=[

@@ -3,12 +3,13 @@
 Arrays in, arrays out. A backend knows no transport, no queue of clients and no cache; it may assume that the service
 has checked every id, length and limit. It batches what is submitted at the same time as it likes, never lets one
 sequence's result depend on what else was in its batch beyond rounding, and stops work whose awaiting task is cancelled.
-Legend: N tokens, T scored positions, P prompt tokens, R new tokens.
+Legend: N tokens, T scored positions, K alternatives, P prompt tokens, R new tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,12 +33,18 @@ from teacher_server.backends.steps import Observer
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """New tokens of one of a prompt's n completions: int32[R], float32[R] at temperature 1 or None, its end."""
+    """New tokens of one of a prompt's n completions: int32[R], float32[R] at temperature 1 or None, its end.
+
+    `top_token_ids` int32[R,K] and `top_logprobs` float32[R,K] are the K most likely tokens at each, most likely first,
+    or None where none are wanted.
+    """
 
     sample_index: int
     token_ids: Ids
     logprobs: Floats | None = None
     finish_reason: FinishReason | None = None
+    top_token_ids: Ids | None = None
+    top_logprobs: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -66,16 +73,31 @@ def limits(options: BackendOptions, vocab_size: int, longest: int) -> Limits:
 class TextCodec(Protocol):
     """The tokenizer and the chat template of a teacher."""
 
-    def encode(self, text: str) -> Ids:
-        """int32[N] of plain text, without special tokens added; special tokens spelled out in `text` are recognised."""
+    @property
+    def think_ids(self) -> tuple[int, ...]:
+        """Ids of the opening and the closing think tag; fewer than two where one is not a single token."""
         ...
 
-    def decode(self, token_ids: Ids) -> str:
-        """The text of int32[N]; special tokens are left out, think tags are kept."""
+    def encode(self, text: str, *, special: bool = False) -> Ids:
+        """int32[N] of plain text; special tokens spelled out in `text` are recognised.
+
+        `special` adds those that the tokenizer puts around a text, such as a first BOS; Qwen3's puts none.
+        """
         ...
 
-    def render(self, messages: tuple[Message, ...], mode: Mode | None) -> Ids:
-        """int32[P] of a conversation and the opening of the assistant's turn; ValueError where the template refuses."""
+    def decode(self, token_ids: Ids, *, special: bool = False) -> str:
+        """The text of int32[N]; special tokens are left out unless `special`, think tags are kept."""
+        ...
+
+    def pieces(self, token_ids: Ids) -> list[str]:
+        """The vocabulary's own names of int32[N], each in the vocabulary."""
+        ...
+
+    def render(self, messages: tuple[Message, ...], mode: Mode | None, *, opening: bool = True) -> Ids:
+        """int32[P] of a conversation and, where `opening`, the opening of the assistant's turn.
+
+        ValueError where the template refuses.
+        """
         ...
 
 
@@ -132,9 +154,23 @@ class Backend(Protocol):
         ...
 
     def generate(
-        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+        self,
+        prompt_ids: Ids,
+        sampling: Sampling,
+        *,
+        n: int,
+        logprobs: bool,
+        stream: bool,
+        mode: Mode | None,
+        alternatives: int = 0,
+        dropped: AbstractSet[int] = frozenset(),
     ) -> AsyncIterator[list[Piece]]:
-        """The pieces of the n completions of int32[P]; where `stream` is False, one piece for each, at its end."""
+        """The pieces of the n completions of int32[P]; where `stream` is False, one piece for each, at its end.
+
+        `alternatives` (K) come with each token, for which `logprobs` are wanted too. `dropped` are the indexes of
+        completions that nobody waits for any more: the caller adds to it meanwhile, and the engine ends these within a
+        step; a piece of theirs that is on its way is not read. The iterator may then end without their last pieces.
+        """
         ...
 
     async def healthy(self) -> bool:

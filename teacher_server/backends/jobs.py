@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,9 @@ class GenerateJob:
     stream: bool
     loop: asyncio.AbstractEventLoop
     tags: ThinkTags | None = None
+    alternatives: int = 0
+    dropped: AbstractSet[int] = frozenset()
+    """Completions that nobody waits for any more; grown on the loop, read in the thread."""
     answers: asyncio.Queue[list[Piece] | TeacherError | None] = field(default_factory=asyncio.Queue)
     cancelled: bool = False
     done: bool = False

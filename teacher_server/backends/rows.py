@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from protos.scores import FinishReason, Ids, Sampling
+from protos.scores import FinishReason, Floats, Ids, Sampling
 from teacher_server.backends.base import Piece
 from teacher_server.backends.jobs import GenerateJob
 from teacher_server.backends.randomness import uniforms
@@ -35,6 +35,7 @@ class Row:
         self._most = most_tokens(sampling, len(job.prompt_ids), max_tokens)
         self._tokens: list[int] = []
         self._logprobs: list[float] = []
+        self._top: list[tuple[Ids, Floats]] = []
         self._uniforms = uniforms(sampling.seed, job.prompt_ids, sample_index)
         self.budget: ThinkBudget | None = None
         if sampling.max_thinking_tokens and job.tags is not None:
@@ -68,10 +69,17 @@ class Row:
         """The id that must come next, or -1 for any."""
         return -1 if self.budget is None else self.budget.forced()
 
-    def record(self, token: int, logprob: float) -> Piece | None:
-        """Appends a token; the piece that the caller should see now, if any."""
+    @property
+    def unwanted(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.job.cancelled or self.sample_index in self.job.dropped
+
+    def record(self, token: int, logprob: float, top: tuple[Ids, Floats] | None = None) -> Piece | None:
+        """Appends a token, with its alternatives int32[K] and float32[K]; the piece that is to be seen now, if any."""
         self._tokens.append(token)
         self._logprobs.append(logprob)
+        if top is not None:
+            self._top.append(top)
         if self.budget is not None:
             self.budget.observe(token)
         reason = None
@@ -83,9 +91,12 @@ class Row:
         if not (self.ended or self.job.stream):
             return None
         first, self._sent = self._sent, len(self._tokens)
+        new = self._top[first:]
         return Piece(
             self.sample_index,
             np.array(self._tokens[first:], dtype=np.int32),
             np.array(self._logprobs[first:], dtype=np.float32) if self.job.logprobs else None,
             reason,
+            np.stack([ids for ids, _ in new]) if new else None,
+            np.stack([numbers for _, numbers in new]) if new else None,
         )

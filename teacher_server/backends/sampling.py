@@ -1,7 +1,8 @@
 """Draws one token for each row of a batch, every row by its own parameters and its own random numbers.
 
 Knows logits and numbers, no model and no request. Sampling is by inverse distribution function: one uniform number in
-[0, 1) decides a row's token, so a row's draws do not depend on the rest of the batch. Legend: B rows, V vocabulary.
+[0, 1) decides a row's token, so a row's draws do not depend on the rest of the batch. Legend: B rows, R of them,
+K alternatives, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from protos.scores import Floats, Ids
 
 _BYTES = 2**28
 
@@ -41,6 +44,21 @@ def sample(logits_BV: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         parts.append(_sample(logits_BV[rows], some))
     ids, logprobs = zip(*parts, strict=True)
     return torch.cat(ids), torch.cat(logprobs)
+
+
+def alternatives(logits_BV: Tensor, wanted: list[int]) -> dict[int, tuple[Ids, Floats]]:
+    """The most likely ids int32[K], most likely first, and log-probabilities float32[K] of rows that want K > 0.
+
+    Of float32 logits; by index of the row.
+    """
+    at = [index for index, most in enumerate(wanted) if most]
+    if not at:
+        return {}
+    rows_RV = logits_BV[at]
+    top_RK, ids_RK = torch.topk(rows_RV, max(wanted), dim=-1)
+    top_RK = top_RK - torch.logsumexp(rows_RV, dim=-1, keepdim=True)
+    ids, numbers = ids_RK.to(torch.int32).cpu().numpy(), top_RK.cpu().numpy()
+    return {index: (ids[i, : wanted[index]], numbers[i, : wanted[index]]) for i, index in enumerate(at)}
 
 
 def _sample(logits_BV: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:

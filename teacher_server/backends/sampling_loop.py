@@ -21,7 +21,7 @@ from teacher_server.backends.features import Features
 from teacher_server.backends.jobs import GenerateJob, Outbox
 from teacher_server.backends.packing import pack
 from teacher_server.backends.rows import Row
-from teacher_server.backends.sampling import Draw, sample
+from teacher_server.backends.sampling import Draw, alternatives, sample
 
 _LOG = logging.getLogger(__name__)
 _PATIENCE = 16
@@ -98,10 +98,10 @@ class SamplingLoop:
         return size
 
     def _drop_cancelled(self) -> None:
-        if any(row.job.cancelled for row in self._waiting):
-            self._waiting = deque(row for row in self._waiting if not row.job.cancelled)
+        if any(row.unwanted for row in self._waiting):
+            self._waiting = deque(row for row in self._waiting if not row.unwanted)
         for row in self._rows:
-            row.ended |= row.job.cancelled
+            row.ended |= row.unwanted
         ended = sum(row.ended for row in self._rows)
         if ended and (ended == len(self._rows) or (self._joinable and ended * 8 >= len(self._rows))):
             self._keep([i for i, row in enumerate(self._rows) if not row.ended])
@@ -191,8 +191,9 @@ class SamplingLoop:
         if any(row.budget is not None for row in rows):
             forced = torch.tensor([row.forced() for row in rows], device=self._device)
         ids, logprobs = sample(logits, Draw(uniform, fixed.temperature, fixed.top_p, fixed.top_k, forced))
+        top = alternatives(logits, [0 if row.ended else row.job.alternatives for row in rows])
         pieces: dict[int, tuple[GenerateJob, list[Any]]] = {}
-        for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist(), strict=True):
+        for at, (row, token, logprob) in enumerate(zip(rows, ids.tolist(), logprobs.tolist(), strict=True)):
             if row.ended:
                 continue
             if not np.isfinite(logprob):
@@ -200,7 +201,7 @@ class SamplingLoop:
                 row.job.cancelled = row.ended = True
                 outbox.fail(row.job, TeacherFailed())
                 continue
-            piece = row.record(token, logprob)
+            piece = row.record(token, logprob, top.get(at))
             if piece is not None:
                 pieces.setdefault(id(row.job), (row.job, []))[1].append(piece)
         for job, new in pieces.values():

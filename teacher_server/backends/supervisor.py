@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from collections.abc import Set as AbstractSet
 from enum import Enum
 
 from protos.errors import Unavailable
@@ -118,12 +119,30 @@ class Supervised:
             yield part
 
     def generate(
-        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+        self,
+        prompt_ids: Ids,
+        sampling: Sampling,
+        *,
+        n: int,
+        logprobs: bool,
+        stream: bool,
+        mode: Mode | None,
+        alternatives: int = 0,
+        dropped: AbstractSet[int] = frozenset(),
     ) -> AsyncIterator[list[Piece]]:
         """The engine's pieces; Unavailable where it dies meanwhile."""
         life = self._running()
         return life.each(
-            lambda: life.engine.generate(prompt_ids, sampling, n=n, logprobs=logprobs, stream=stream, mode=mode)
+            lambda: life.engine.generate(
+                prompt_ids,
+                sampling,
+                n=n,
+                logprobs=logprobs,
+                stream=stream,
+                mode=mode,
+                alternatives=alternatives,
+                dropped=dropped,
+            )
         )
 
     async def healthy(self) -> bool:

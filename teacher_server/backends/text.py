@@ -57,32 +57,36 @@ class HuggingFaceText:
         self.modes = self._find_modes()
         """Both modes where the template reacts to `enable_thinking`, else none."""
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, *, special: bool = False) -> Ids:
         """int32[N]; see `base.TextCodec.encode`."""
-        return ids_array(self._tokenizer.encode(text, add_special_tokens=False))
+        return ids_array(self._tokenizer.encode(text, add_special_tokens=special))
 
-    def decode(self, token_ids: Ids) -> str:
+    def decode(self, token_ids: Ids, *, special: bool = False) -> str:
         """The text of int32[N]; see `base.TextCodec.decode`."""
-        shown = token_ids[~np.isin(token_ids, self._hidden)]
+        shown = token_ids if special else token_ids[~np.isin(token_ids, self._hidden)]
         return str(self._tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def render(self, messages: tuple[Message, ...], mode: Mode | None) -> Ids:
+    def pieces(self, token_ids: Ids) -> list[str]:
+        """Names of int32[N]; see `base.TextCodec.pieces`."""
+        return list(self._tokenizer.convert_ids_to_tokens(token_ids.tolist()))
+
+    def render(self, messages: tuple[Message, ...], mode: Mode | None, *, opening: bool = True) -> Ids:
         """int32[P]; see `base.TextCodec.render`. A mode that the template does not know is a ValueError."""
         if not self._template():
             raise ValueError("this teacher's tokenizer has no chat template; send token_ids or text, not messages")
         if mode is not None and mode not in self.modes:
             raise ValueError(f"this teacher's template does not know the mode {mode.value}; leave the mode unset")
-        return ids_array(self._apply([{"role": m.role, "content": m.content} for m in messages], mode))
+        return ids_array(self._apply([{"role": m.role, "content": m.content} for m in messages], mode, opening))
 
     def _template(self) -> str:
         template = getattr(self._tokenizer, "chat_template", None)
         return str((template.get("default") if isinstance(template, dict) else template) or "")
 
-    def _apply(self, turns: list[dict[str, str]], mode: Mode | None) -> list[int]:
+    def _apply(self, turns: list[dict[str, str]], mode: Mode | None, opening: bool = True) -> list[int]:
         options = {"enable_thinking": mode is not Mode.NON_THINKING} if mode or self.modes else {}
         try:
             rendered: str = self._tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, tokenize=False, **options
+                turns, add_generation_prompt=opening, tokenize=False, **options
             )
         except (TemplateError, TypeError, KeyError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error

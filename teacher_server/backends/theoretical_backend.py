@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -153,19 +154,30 @@ class TheoreticalBackend:
             yield part
 
     async def generate(
-        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+        self,
+        prompt_ids: Ids,
+        sampling: Sampling,
+        *,
+        n: int,
+        logprobs: bool,
+        stream: bool,
+        mode: Mode | None,
+        alternatives: int = 0,
+        dropped: AbstractSet[int] = frozenset(),
     ) -> AsyncIterator[list[Piece]]:
         """Samples of the chain; the n completions grow together, one token each a step."""
         self.counters.generated += 1
         rows = [self._completion(prompt_ids, sampling, i) for i in range(n)]
         try:
             await self._spend("generate", prompt_ids, len(prompt_ids), self.behaviour.latency_s)
-            while alive := [row for row in rows if row.reason is None]:
+            while alive := [row for row in rows if row.reason is None and row.index not in dropped]:
                 await self._spend("generate", prompt_ids, len(alive), 0.0, rows=len(alive))
                 for row in alive:
                     row.step(self.ring)
                 self.counters.new_tokens += len(alive)
-                pieces = [row.piece(logprobs) for row in alive if stream or row.reason is not None]
+                pieces = [
+                    row.piece(self.ring, logprobs, alternatives) for row in alive if stream or row.reason is not None
+                ]
                 if pieces:
                     yield pieces
         except (asyncio.CancelledError, GeneratorExit):
@@ -247,7 +259,7 @@ class _Completion:
     """One completion while it grows."""
 
     index: int
-    last: int
+    prompt_end: int
     sampling: Sampling
     stops: frozenset[int]
     most: int
@@ -258,30 +270,36 @@ class _Completion:
     logprobs: list[float] = field(default_factory=list)
     sent: int = 0
 
+    @property
+    def last(self) -> int:
+        """The token that the next one follows."""
+        return self.tokens[-1] if self.tokens else self.prompt_end
+
     def step(self, ring: Ring) -> None:
         """Draws one token."""
         l_V = ring.logprobs(np.array([self.last], dtype=np.int32))[0]
         forced = -1 if self.budget is None else self.budget.forced()
         drawn = draw(l_V, self.sampling, float(self.generator.random()))
-        self.last = forced if forced >= 0 else drawn
+        token = forced if forced >= 0 else drawn
         if self.budget is not None:
-            self.budget.observe(self.last)
-        self.tokens.append(self.last)
-        self.logprobs.append(float(l_V[self.last]))
-        if self.last in self.stops:
+            self.budget.observe(token)
+        self.tokens.append(token)
+        self.logprobs.append(float(l_V[token]))
+        if token in self.stops:
             self.reason = FinishReason.STOP
         elif len(self.tokens) >= self.most:
             self.reason = FinishReason.LENGTH
 
-    def piece(self, logprobs: bool) -> Piece:
+    def piece(self, ring: Ring, logprobs: bool, alternatives: int) -> Piece:
         """What has not been sent yet."""
         first, self.sent = self.sent, len(self.tokens)
-        return Piece(
-            self.index,
-            np.array(self.tokens[first:], dtype=np.int32),
-            np.array(self.logprobs[first:], dtype=np.float32) if logprobs else None,
-            self.reason,
-        )
+        ids = np.array(self.tokens[first:], dtype=np.int32)
+        numbers = np.array(self.logprobs[first:], dtype=np.float32) if logprobs else None
+        if not alternatives:
+            return Piece(self.index, ids, numbers, self.reason)
+        before = self.tokens[first - 1] if first else self.prompt_end
+        top = ring.score(Sequence(np.array([before, *ids])), ScoreSpec(alternatives, want=frozenset({Field.TOP})))
+        return Piece(self.index, ids, numbers, self.reason, top.top_token_ids, top.top_logprobs)
 
 
 def draw(l_V: Array, sampling: Sampling, uniform: float) -> int:

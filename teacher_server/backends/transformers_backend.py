@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
 
 import torch
 
@@ -151,11 +152,21 @@ class TransformersBackend(CheckpointFace):
             yield part
 
     async def generate(
-        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+        self,
+        prompt_ids: Ids,
+        sampling: Sampling,
+        *,
+        n: int,
+        logprobs: bool,
+        stream: bool,
+        mode: Mode | None,
+        alternatives: int = 0,
+        dropped: AbstractSet[int] = frozenset(),
     ) -> AsyncIterator[list[Piece]]:
         """Pieces of the n completions of int32[P]; Unsupported for a think budget where tags are not single tokens."""
         tags = self.tags_for(sampling)
-        job = GenerateJob(prompt_ids, sampling, n, logprobs, stream, asyncio.get_running_loop(), tags)
+        loop = asyncio.get_running_loop()
+        job = GenerateJob(prompt_ids, sampling, n, logprobs, stream, loop, tags, alternatives, dropped)
         self._running().submit(job)
         try:
             while (answer := await job.answers.get()) is not None:

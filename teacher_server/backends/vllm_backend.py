@@ -10,6 +10,8 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from collections.abc import Set as AbstractSet
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import numpy as np
 
 from protos.errors import TeacherError, TeacherFailed, Unavailable, Unsupported
 from protos.head import Head, held_as, itemsize
-from protos.scores import Field, Floats, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
+from protos.scores import Field, Ids, Limits, Mode, Sampling, Scores, ScoreSpec, Sequence, TeacherInfo
 from teacher_server.backends import model_files, vllm_check, vllm_options
 from teacher_server.backends.base import Piece, Room, limits
 from teacher_server.backends.checkpoint_face import CheckpointFace, longest_sequence
@@ -174,7 +176,16 @@ class VllmBackend(CheckpointFace):
                 yield part
 
     async def generate(
-        self, prompt_ids: Ids, sampling: Sampling, *, n: int, logprobs: bool, stream: bool, mode: Mode | None
+        self,
+        prompt_ids: Ids,
+        sampling: Sampling,
+        *,
+        n: int,
+        logprobs: bool,
+        stream: bool,
+        mode: Mode | None,
+        alternatives: int = 0,
+        dropped: AbstractSet[int] = frozenset(),
     ) -> AsyncIterator[list[Piece]]:
         """Pieces of the n completions of int32[P], which share its prefill through the engine's prefix cache."""
         engine, _ = self._ready()
@@ -185,12 +196,15 @@ class VllmBackend(CheckpointFace):
             )
         tags = self.tags_for(sampling)
         longest = self.info.limits.sequence_tokens
-        wish = Wish(prompt_ids, sampling, logprobs, stream, self.info.eos_token_ids, longest, tags)
+        wish = Wish(prompt_ids, sampling, logprobs, stream, self.info.eos_token_ids, longest, tags, alternatives)
         queue: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
 
         async def run(sample_index: int) -> None:
-            async for piece in completion(wish, sample_index, engine, self._forced):
-                queue.put_nowait(piece)
+            async with aclosing(completion(wish, sample_index, engine, self._forced)) as parts:
+                async for piece in parts:
+                    if sample_index in dropped:
+                        return
+                    queue.put_nowait(piece)
 
         tasks = [asyncio.create_task(run(index)) for index in range(n)]
         for task in tasks:
@@ -213,12 +227,10 @@ class VllmBackend(CheckpointFace):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _forced(self, token_ids: Ids, start: int) -> Floats:
-        """float32 log-probabilities of the tokens from `start` on."""
-        spec = ScoreSpec(want=frozenset({Field.TOKEN_LOGPROBS}))
-        scores = await self.score(Sequence(token_ids, start), spec)
-        assert scores.token_logprobs is not None
-        return scores.token_logprobs
+    async def _forced(self, token_ids: Ids, start: int, alternatives: int) -> Scores:
+        """Log-probabilities of the tokens from `start` on, and alternatives to them."""
+        want = {Field.TOKEN_LOGPROBS} | ({Field.TOP} if alternatives else set())
+        return await self.score(Sequence(token_ids, start), ScoreSpec(alternatives, want=frozenset(want)))
 
     async def _measure(self, engine: Engine) -> None:
         """Asks the workers now and then how long they have read out; those of one sequence do so at the same time."""

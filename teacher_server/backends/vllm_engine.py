@@ -1,7 +1,7 @@
 """A running vLLM engine: prompts in, arrays out, and its errors as ours. Knows vLLM's Python face, no service.
 
 `AsyncLLM` runs the engine in processes of its own; this object lives on the event loop. Legend: N tokens of a prompt,
-R new tokens.
+R new tokens, K alternatives.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +30,16 @@ MIN_TEMPERATURE, MAX_TEMPERATURE = 0.01, 2.0
 
 @dataclass(frozen=True)
 class Tokens:
-    """New tokens int32[R] of one completion, float32[R] or None, and "stop", "length" or "" (it goes on)."""
+    """New tokens int32[R] of one completion, float32[R] or None, and "stop", "length" or "" (it goes on).
+
+    `top_ids` int32[R,K] and `top_logprobs` float32[R,K] where alternatives are wanted.
+    """
 
     ids: Ids
     logprobs: Floats | None
     ended: str
+    top_ids: Ids | None = None
+    top_logprobs: Floats | None = None
 
 
 def set_environment() -> None:
@@ -127,7 +132,8 @@ class Engine:
         seed: int | None,
         logprobs: bool,
         stream: bool,
-    ) -> AsyncIterator[Tokens]:
+        alternatives: int = 0,
+    ) -> AsyncGenerator[Tokens, None]:
         """One completion of int32[N], at most `most` tokens, ended by any of `stops`; stops when it is closed."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -140,7 +146,7 @@ class Engine:
             stop_token_ids=stops,
             ignore_eos=True,  # the model's own ids are among `stops`
             seed=seed,
-            logprobs=0 if logprobs else None,
+            logprobs=alternatives if logprobs else None,
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
@@ -152,9 +158,7 @@ class Engine:
                     part = output.outputs[0]
                     if part.finish_reason not in (None, "stop", "length"):
                         raise TeacherFailed from RuntimeError(f"the engine ended a completion: {part.finish_reason}")
-                    ids = np.array(part.token_ids, dtype=np.int32)
-                    numbers = np.array(part.logprobs.logprobs, dtype=np.float32) if logprobs else None
-                    yield Tokens(ids, numbers, part.finish_reason or "")
+                    yield _tokens(part, logprobs, alternatives)
         finally:
             await outputs.aclose()
 
@@ -188,6 +192,19 @@ class Engine:
             if isinstance(error, EngineDeadError) or not self.alive:
                 raise Unavailable("the engine died; it is started again, retry later", retry_after_s=RETRY_S) from error
             raise TeacherFailed from error
+
+
+def _tokens(part: Any, logprobs: bool, alternatives: int) -> Tokens:
+    """Arrays of an output's lists; in these the token itself stands before its K alternatives."""
+    ids, ended = np.array(part.token_ids, dtype=np.int32), part.finish_reason or ""
+    if not logprobs:
+        return Tokens(ids, None, ended)
+    width = 1 + alternatives
+    numbers = np.array(part.logprobs.logprobs, dtype=np.float32).reshape(len(ids), width)
+    if not alternatives:
+        return Tokens(ids, numbers[:, 0], ended)
+    named = np.array(part.logprobs.token_ids, dtype=np.int32).reshape(len(ids), width)
+    return Tokens(ids, numbers[:, 0], ended, named[:, 1:], numbers[:, 1:])
 
 
 def _prompt(token_ids: Ids) -> Any:

@@ -7,20 +7,21 @@ Legend: P prompt tokens, R new tokens.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from protos.scores import FinishReason, Floats, Ids, Sampling
+from protos.scores import FinishReason, Ids, Sampling, Scores
 from teacher_server.backends import randomness
 from teacher_server.backends.base import Piece
 from teacher_server.backends.rows import most_tokens, stop_ids
 from teacher_server.backends.thinking import ThinkBudget, ThinkTags
 from teacher_server.backends.vllm_engine import Engine, Tokens
 
-ForcedLogprobs = Callable[[Ids, int], Awaitable[Floats]]
-"""Log-probabilities of the tokens of int32[N] from a position on."""
+ForcedLogprobs = Callable[[Ids, int, int], Awaitable[Scores]]
+"""Log-probabilities of the tokens of int32[N] from a position on, with so many alternatives."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Wish:
     eos: tuple[int, ...]
     longest: int
     tags: ThinkTags | None
+    alternatives: int = 0
 
     def seed(self, sample_index: int, segment: int) -> int | None:
         """A seed of (seed, prompt, sample, segment): prompts and samples of one call do not share their luck."""
@@ -45,22 +47,35 @@ class Wish:
 
 async def completion(
     wish: Wish, sample_index: int, engine: Engine, forced_logprobs: ForcedLogprobs
-) -> AsyncIterator[Piece]:
+) -> AsyncGenerator[Piece, None]:
     """The pieces of one completion: one at its end, or as they come where `wish.stream`."""
     held: list[Tokens] = []
-    async for tokens in _tokens(wish, sample_index, engine, forced_logprobs):
-        held.append(tokens)
-        if wish.stream or tokens.ended:
-            ids = np.concatenate([part.ids for part in held])
-            numbers = [part.logprobs for part in held if part.logprobs is not None]
-            reason = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}.get(tokens.ended)
-            yield Piece(sample_index, ids, np.concatenate(numbers) if wish.logprobs else None, reason)
-            held = []
+    async with aclosing(_tokens(wish, sample_index, engine, forced_logprobs)) as parts:
+        async for tokens in parts:
+            held.append(tokens)
+            if wish.stream or tokens.ended:
+                yield _piece(wish, sample_index, held)
+                held = []
+
+
+def _piece(wish: Wish, sample_index: int, held: list[Tokens]) -> Piece:
+    """Consecutive tokens as one piece."""
+    logprobs = [part.logprobs for part in held if part.logprobs is not None]
+    top_ids = [part.top_ids for part in held if part.top_ids is not None]
+    top_logprobs = [part.top_logprobs for part in held if part.top_logprobs is not None]
+    return Piece(
+        sample_index,
+        np.concatenate([part.ids for part in held]),
+        np.concatenate(logprobs) if wish.logprobs else None,
+        {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}.get(held[-1].ended),
+        np.concatenate(top_ids) if wish.alternatives else None,
+        np.concatenate(top_logprobs) if wish.alternatives else None,
+    )
 
 
 async def _tokens(
     wish: Wish, sample_index: int, engine: Engine, forced_logprobs: ForcedLogprobs
-) -> AsyncIterator[Tokens]:
+) -> AsyncGenerator[Tokens, None]:
     """The new tokens; `ended` is set on the last ones alone."""
     context, segment = wish.prompt_ids, 0
     stops = stop_ids(wish.sampling, wish.eos)
@@ -83,16 +98,18 @@ async def _tokens(
                 seed=wish.seed(sample_index, segment),
                 logprobs=wish.logprobs,
                 stream=wish.stream,
+                alternatives=wish.alternatives,
             )
-            async for tokens in parts:
-                left -= len(tokens.ids)
-                context = np.concatenate([context, tokens.ids])
-                if budget is not None:
-                    for token in tokens.ids:
-                        budget.observe(int(token))
-                stopped = tokens.ended == "stop" and int(tokens.ids[-1]) in stops
-                ended = "stop" if stopped else "length" if tokens.ended and left == 0 else ""
-                yield Tokens(tokens.ids, tokens.logprobs, ended)
+            async with aclosing(parts):
+                async for tokens in parts:
+                    left -= len(tokens.ids)
+                    context = np.concatenate([context, tokens.ids])
+                    if budget is not None:
+                        for token in tokens.ids:
+                            budget.observe(int(token))
+                    stopped = tokens.ended == "stop" and int(tokens.ids[-1]) in stops
+                    ended = "stop" if stopped else "length" if tokens.ended and left == 0 else ""
+                    yield replace(tokens, ended=ended)
             if ended:
                 return
         segment += 1
@@ -102,7 +119,8 @@ async def _tokens(
             left -= len(closing)
             for token in closing:
                 budget.observe(int(token))
-            numbers = await forced_logprobs(context, start) if wish.logprobs else None
-            yield Tokens(closing, numbers, "" if left else "length")
+            scores = await forced_logprobs(context, start, wish.alternatives) if wish.logprobs else Scores()
+            ended = "" if left else "length"
+            yield Tokens(closing, scores.token_logprobs, ended, scores.top_token_ids, scores.top_logprobs)
             if not left:
                 return
