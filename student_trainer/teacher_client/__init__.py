@@ -5,6 +5,7 @@ Public for notebooks and other trainers; needs no torch. See `connect` and `Teac
 
 from student_trainer.teacher_client.client import TeacherClient, connect
 from student_trainer.teacher_client.credentials import Credentials
+from student_trainer.teacher_client.openai_model import StockModel
 from student_trainer.teacher_client.replicas import ReplicaStatus
 
-__all__ = ["Credentials", "ReplicaStatus", "TeacherClient", "connect"]
+__all__ = ["Credentials", "ReplicaStatus", "StockModel", "TeacherClient", "connect"]

@@ -23,6 +23,7 @@ from student_trainer.teacher_client import heads, splitting
 from student_trainer.teacher_client.credentials import Credentials
 from student_trainer.teacher_client.generation import PieceCollector
 from student_trainer.teacher_client.names import Name, Resolve, is_name, resolve
+from student_trainer.teacher_client.openai_model import StockModel
 from student_trainer.teacher_client.replicas import Replicas, ReplicaStatus
 from student_trainer.teacher_client.tracing import NO_TRACER, Tracer, here
 from student_trainer.teacher_client.transport import Transport, open_transport
@@ -40,6 +41,7 @@ def connect(
     credentials: Credentials | None = None,
     resolve: Resolve = resolve,
     tracer: Tracer = NO_TRACER,
+    stock: StockModel | None = None,
 ) -> TeacherClient:
     """A client of the teacher at `host:port`, `grpc://host:port` or `http://host:port`, or of replicas of one teacher.
 
@@ -50,12 +52,13 @@ def connect(
     long a teacher that is down, loading or overloaded is waited for, `max_in_flight` the number of calls at the same
     time, `name` what the teacher knows this client by (its queue is fair between names). `on_wait` gets a line, in any
     thread, each time that something is waited for. `credentials` are files with a key and for TLS, which the addresses
-    grpcs://host:port and https://host:port want. `tracer` makes a span of each call and names it to the teacher. Raises
+    grpcs://host:port and https://host:port want. `tracer` makes a span of each call and names it to the teacher. With
+    `stock` the addresses are stock vLLM or SGLang servers of that model, which score at temperature 1 alone. Raises
     Unavailable where nobody answers, ValueError for an address that is none.
     """
     addresses = [address] if isinstance(address, str) else list(address)
-    names = [Name(a, name, credentials, resolve) for a in addresses if is_name(a)]
-    transports = [open_transport(a, name, credentials) for a in addresses if not is_name(a)]
+    names = [Name(a, name, credentials, resolve, stock) for a in addresses if is_name(a)]
+    transports = [open_transport(a, name, credentials, stock=stock) for a in addresses if not is_name(a)]
     replicas = Replicas(transports, patience_s, on_wait, names)
     client = TeacherClient(replicas, timeout_s=timeout_s, max_in_flight=max_in_flight, tracer=tracer)
     try:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from student_trainer.teacher_client.credentials import Credentials
+from student_trainer.teacher_client.openai_model import StockModel
 from student_trainer.teacher_client.transport import Transport, open_transport
 
 Resolve = Callable[[str, int], list[str]]
@@ -28,10 +29,15 @@ class Name:
     """A name that stands for several servers; ValueError for an address that is none, without asking DNS."""
 
     def __init__(
-        self, address: str, name: str = "", credentials: Credentials | None = None, resolve: Resolve = resolve
+        self,
+        address: str,
+        name: str = "",
+        credentials: Credentials | None = None,
+        resolve: Resolve = resolve,
+        stock: StockModel | None = None,
     ) -> None:
         self.address = address
-        self._name, self._credentials, self._resolve = name, credentials, resolve
+        self._name, self._credentials, self._resolve, self._stock = name, credentials, resolve, stock
         scheme, _, rest = address.partition("://")
         self._scheme = scheme.removeprefix("dns").removeprefix("+") or "grpc"
         self._path = ""
@@ -44,7 +50,7 @@ class Name:
         if not self._host or not port or _is_ip(self._host):
             raise ValueError(f"{address!r} is no name of teachers; use dns://NAME:PORT or dns+http://NAME:PORT")
         self._port = port
-        open_transport(f"{self._scheme}://{self._host}:{port}{self._path}", name, credentials).close()
+        open_transport(f"{self._scheme}://{self._host}:{port}{self._path}", name, credentials, stock=stock).close()
 
     def look_up(self) -> list[str]:
         """The addresses of the servers now; OSError where the name has none."""
@@ -53,7 +59,7 @@ class Name:
 
     def open(self, address: str) -> Transport:
         """A connection to one of them."""
-        return open_transport(address, self._name, self._credentials, host=self._host)
+        return open_transport(address, self._name, self._credentials, host=self._host, stock=self._stock)
 
 
 def is_name(address: str) -> bool:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from protos.head import Head
 from protos.scores import CompletionDelta, GenerateRequest, ScoreRequest, Scores, TeacherInfo
 from student_trainer.teacher_client.credentials import Credentials
+from student_trainer.teacher_client.openai_model import StockModel
 
 log = logging.getLogger(__name__)
 
@@ -51,12 +52,18 @@ class Transport(Protocol):
 
 
 def open_transport(
-    address: str, name: str = "", credentials: Credentials | None = None, *, host: str = ""
+    address: str,
+    name: str = "",
+    credentials: Credentials | None = None,
+    *,
+    host: str = "",
+    stock: StockModel | None = None,
 ) -> Transport:
     """The transport of `host:port`, `grpc://` or `grpcs://host:port` (gRPC), `http://` or `https://host:port` (HTTP).
 
-    grpcs and https are TLS. `host` is the name of a server whose address is one of several that the name has.
-    ValueError for other addresses, and for credentials that do not go with the address.
+    grpcs and https are TLS. `host` is the name of a server whose address is one of several that the name has. With
+    `stock` it is a stock vLLM or SGLang server of that model, at an http:// or https:// address. ValueError for other
+    addresses, and for credentials that do not go with the address.
     """
     credentials = credentials or Credentials()
     scheme, separator, rest = address.partition("://")
@@ -73,6 +80,8 @@ def open_transport(
             f"{address!r} is no teacher address; use host:port, grpc://host:port or http://host:port, and grpcs:// or "
             "https:// for TLS"
         )
+    if stock is not None and grpc:
+        raise ValueError(f"{address!r} is no address of an OpenAI server; use http://host:port or https://host:port")
     tls = scheme in ("grpcs", "https")
     if not tls and credentials.of_tls:
         raise ValueError(f"{credentials.of_tls} needs TLS, and {address} is without; use grpcs:// or https://")
@@ -82,6 +91,10 @@ def open_transport(
         from student_trainer.teacher_client.grpc_channel import GrpcTransport
 
         return GrpcTransport(address, rest, name, credentials, tls=tls, host=host)
+    if stock is not None:
+        from student_trainer.teacher_client.openai_channel import OpenAiTransport
+
+        return OpenAiTransport(address, stock, name, credentials, host)
     from student_trainer.teacher_client.http_channel import HttpTransport
 
     return HttpTransport(address, name, credentials, host)
