@@ -18,12 +18,12 @@ import torch
 from protos import errors
 from protos.scores import Mode, TeacherInfo
 
-from . import distributed, embedded_teacher, full_distribution, handshake
+from . import distributed, embedded_teacher, full_distribution, handshake, stock_teacher
 from .config import Config
 from .errors import UserError
 from .models import Description
 from .reporting import Reporter
-from .teacher_client import Credentials, TeacherClient, connect
+from .teacher_client import Credentials, StockModel, TeacherClient, connect
 from .teacher_client.tracing import NO_TRACER, Tracer
 from .teachers import Scope, Teacher, Teachers, choose, nobody
 
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 class Place:
     """Where a teacher is to be found (None: this run starts it), and what it is for.
 
-    `key` is the setting that names it, `modes` those in which examples of the data are its own.
+    `key` is the setting that names it, `modes` those in which examples of the data are its own. A `stock` one is asked
+    as an OpenAI server for the model called `served`, which normalises over `normalized_size` logits.
     """
 
     key: str
@@ -43,6 +44,9 @@ class Place:
     fingerprint: str | None
     api_key_file: str
     modes: frozenset[Mode]
+    stock: bool = False
+    served: str | None = None
+    normalized_size: int | None = None
 
 
 def places(config: Config, stage: str, domains: Collection[str | None]) -> list[Place]:
@@ -60,12 +64,16 @@ def places(config: Config, stage: str, domains: Collection[str | None]) -> list[
             r.fingerprint,
             teacher.api_key_file if r.api_key_file is None else r.api_key_file,
             none,
+            (r.kind or teacher.kind) == "openai",
+            r.model,
+            r.normalized_size,
         )
         for i, r in enumerate(teacher.routes)
     ]
     if teacher.endpoint is not None or not teacher.routes:
-        main = Place("teacher.endpoint", Scope(), teacher.endpoint, teacher.fingerprint, teacher.api_key_file, none)
-        found.append(main)
+        named, key_file, stock = teacher.fingerprint, teacher.api_key_file, teacher.kind == "openai"
+        main = Place("teacher.endpoint", Scope(), teacher.endpoint, named, key_file, none, stock)
+        found.append(replace(main, served=teacher.model, normalized_size=teacher.normalized_size))
     scopes, needed = [place.scope for place in found], handshake.needed_modes(config, stage)
     modes: list[set[Mode]] = [set() for _ in found]
     missing = []
@@ -97,6 +105,9 @@ def open_teachers(
 ) -> Teachers:
     """The teachers of a run, checked against the student; their clients are closed with `stack`."""
     wanted = places(config, stage, domains)
+    for place in wanted:
+        if place.stock:
+            stock_teacher.check_config(config, stage, place.key)
     full = stage != "test" and config.wants_full(stage)
     if full and len(wanted) > 1:
         names = ", ".join(f"{place.key} ({place.scope})" for place in wanted)
@@ -136,11 +147,14 @@ def _open(
     if address is None:  # only rank 0 runs the function, so only rank 0 owns the server; the others get its address
         address = distributed.on_main(start_one)
     label = f"{place.key} ({place.scope})" if count > 1 else ""
-    client = _connect(config, place, address, label, on_wait, tracer)
+    stock = stock_teacher.stock_model(student, place.served, place.normalized_size) if place.stock else None
+    client = _connect(config, place, address, label, on_wait, tracer, stock)
     stack.callback(client.close)
     info = client.teacher()
     who = f", for {place.scope}" if count > 1 else ""
     log.info("teacher %s (%s, %s)%s, fingerprint %s", info.name, info.engine, info.dtype, who, info.fingerprint)
+    if place.stock:
+        stock_teacher.check_limits(info, config, place.key)
     use = handshake.Use(label, f"{place.key.removesuffix('.endpoint')}.fingerprint", place.fingerprint, place.modes)
     handshake.check(
         info, student.tokenizer, student.logits_width, config, eos_ids=student.eos_ids, stage=stage, use=use
@@ -155,6 +169,7 @@ def _connect(
     label: str,
     on_wait: Callable[[str], None],
     tracer: Tracer,
+    stock: StockModel | None,
 ) -> TeacherClient:
     """A client; a teacher that this run started itself listens on loopback and knows no key."""
     files = {name: getattr(config.teacher, name) for name in ("ca_file", "client_cert_file", "client_key_file")}
@@ -170,6 +185,7 @@ def _connect(
             on_wait=on_wait,
             credentials=credentials,
             tracer=tracer,
+            stock=stock,
         )
     except ValueError as error:
         raise UserError(str(error), label or "teacher") from error

@@ -15,6 +15,24 @@ def _addresses(value: str | list[str] | None) -> str | list[str] | None:
     return value
 
 
+Kind = Literal["strong2weak", "openai"]
+
+
+def _check_kind(kind: Kind, endpoint: str | list[str] | None, model: str | None, normalized_size: int | None) -> None:
+    """ValueError for an address at which no server of this kind can be, and for settings that it has no use for."""
+    if kind == "strong2weak":
+        given = "model" if model is not None else "normalized_size" if normalized_size is not None else ""
+        if given:
+            raise ValueError(f"{given} is for a stock server, a strong2weak teacher tells it; set kind=openai for one")
+        return
+    addresses = [endpoint] if isinstance(endpoint, str) else endpoint or []
+    if not addresses:
+        raise ValueError("kind openai is a server that runs already; set endpoint to its address, http://host:port")
+    for address in addresses:
+        if not address.removeprefix("dns+").startswith(("http://", "https://")):
+            raise ValueError(f"kind openai is asked over HTTP; use http://host:port instead of {address}")
+
+
 class TeacherRoute(Section):
     """A teacher for some of the examples."""
 
@@ -28,6 +46,12 @@ class TeacherRoute(Section):
     """Fingerprint that it must have; null takes whichever answers first and stays with it."""
     api_key_file: str | None = None
     """File with the key for this teacher; null takes teacher.api_key_file."""
+    kind: Kind | None = None
+    """What kind of server it is, as teacher.kind; null takes that."""
+    model: str | None = None
+    """Name of the model at a server of kind openai; null takes its only one."""
+    normalized_size: PositiveInt | None = None
+    """As teacher.normalized_size; null asks the server."""
 
     @model_validator(mode="after")
     def _some_scope(self) -> TeacherRoute:
@@ -48,6 +72,14 @@ class Teacher(Section):
     """Further teachers, for a mode, a domain or both of them: a list of {endpoint, mode, domain, ...}. The most
     specific route wins: domain and mode, then domain, then mode, then teacher.endpoint for whatever has no route. All
     share the student's tokenizer. A run with several teachers needs distribution top_k."""
+    kind: Kind = "strong2weak"
+    """What kind of server the endpoint is: strong2weak, or openai for a stock vLLM or SGLang server at an http:// or
+    https:// address. It gives the top k at temperature 1; docs/stock-servers.md says what it cannot."""
+    model: str | None = None
+    """Name of the model at a server of kind openai; null takes its only one. strong2weak servers have one each."""
+    normalized_size: PositiveInt | None = None
+    """Number of logits that a server of kind openai normalises over, vocab_size of its model's config.json; null asks
+    it, and takes the student's where it does not tell."""
     fingerprint: str | None = None
     """Fingerprint that the teacher of `endpoint` must have; null takes whichever answers first and stays with it."""
     api_key_file: str = ""
@@ -75,6 +107,14 @@ class Teacher(Section):
     def _certificate_and_key(self) -> Teacher:
         if bool(self.client_cert_file) != bool(self.client_key_file):
             raise ValueError("client_cert_file and client_key_file belong together; give both or none")
+        return self
+
+    @model_validator(mode="after")
+    def _kinds(self) -> Teacher:
+        if self.endpoint is not None or not self.routes:
+            _check_kind(self.kind, self.endpoint, self.model, self.normalized_size)
+        for route in self.routes:
+            _check_kind(route.kind or self.kind, route.endpoint, route.model, route.normalized_size)
         return self
 
     @field_validator("routes")
