@@ -125,9 +125,16 @@ def proto_section() -> list[str]:
     return lines
 
 
+def metrics_table(metrics: list[tuple[str, str, tuple[str, ...], str]]) -> list[str]:
+    """Metrics as a table."""
+    rows = [f"| `{name}` | {kind} | {', '.join(labels)} | {cell(text)} |" for name, kind, labels, text in metrics]
+    return ["| metric | type | labels | meaning |", "|---|---|---|---|", *rows]
+
+
 def api_page() -> str:
     """docs/api.md."""
     from protos import errors
+    from student_trainer import metrics_server
     from teacher_server.metrics import describe_metrics
     from teacher_server.transports.http_app import describe_routes
 
@@ -153,11 +160,16 @@ def api_page() -> str:
         meaning = cell((kind.__doc__ or "").split("\n\n")[0])
         reason = errors.reason_of(kind)
         lines.append(f"| {kind.__name__} | `{reason}` | {kind.grpc_code} | {kind.http_status} | {retry} | {meaning} |")
-    lines += ["", "## Metrics", "", "`GET /metrics` in Prometheus' text format.", ""]
-    lines += ["| metric | type | labels | meaning |", "|---|---|---|---|"]
     lines += [
-        f"| `{name}` | {kind} | {', '.join(labels)} | {cell(text)} |" for name, kind, labels, text in describe_metrics()
+        "",
+        "## Metrics",
+        "",
+        "`GET /metrics` in Prometheus' text format.",
+        "",
+        *metrics_table(describe_metrics()),
     ]
+    lines += ["", "## Metrics of a trainer", "", "`GET /metrics` at `training.metrics_port`, of process 0.", ""]
+    lines += metrics_table(metrics_server.describe_metrics())
     lines += ["", "## Messages", *proto_section(), ""]
     return "\n".join(lines)
 

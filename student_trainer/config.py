@@ -1,4 +1,5 @@
-"""The trainer's configuration: one frozen model, one section for each part of a run (teacher_section.py has one).
+"""The trainer's configuration: one frozen model, one section for each part of a run (two of them in data_section.py
+and teacher_section.py).
 
 The defaults distil Qwen3-235B-A22B into Qwen3-8B. Relative paths are relative to the current directory. It knows
 neither files, environment nor command line (see settings.py), and imports neither torch nor transformers. The text
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from student_trainer.data_section import Data
 from student_trainer.section import (
     Distribution,
     MaxSteps,
@@ -76,26 +78,6 @@ class Models(Section):
         return self
 
 
-class Data(Section):
-    """Where examples come from."""
-
-    data_path: str = "dataset/train-00000-of-00001-cae87f8e074b4b5d.json"
-    """JSON list, JSON lines or Parquet with instruction, input and output, or with chat messages."""
-    val_path: str | None = None
-    """A file of the same kind for validation; without it val_ratio of data_path is set apart."""
-    max_length: Annotated[int, Field(ge=16)] = 2048
-    """Largest number of tokens of a prompt and its completion together."""
-    val_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the examples that is set apart for validation, at least one where above 0; unused with val_path."""
-    max_examples: PositiveInt | None = None
-    """Use only the first examples of data_path, before validation is set apart; null uses all."""
-    system_prompt: str | None = None
-    """System message put before every conversation that has none."""
-    domain_column: str = "domain"
-    """Key of a row whose text names its domain. It may choose the teacher (teacher.routes); where there are several,
-    accuracy and divergences are also given for each. Rows without it have no domain."""
-
-
 class Training(Section):
     """What both stages share."""
 
@@ -156,7 +138,7 @@ class Training(Section):
     """Continue from the newest checkpoint of each stage, or from the checkpoint folder named here."""
     log_file: str = "distillation.log"
     """File that gets everything the console shows, and more."""
-    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Port at which a run serves its numbers to Prometheus (`GET /metrics`), without a key and without TLS; each run on
     a machine needs its own (`pip install 'strong2weak[metrics]'`). null serves none."""
     metrics_host: str = "127.0.0.1"
