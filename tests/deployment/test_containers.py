@@ -29,7 +29,7 @@ import yaml
 from protos.scores import Prompt, Sampling
 from student_trainer.teacher_client import Credentials, connect
 from tests.deployment.engine import CERTIFICATES, compose_command, missing, run
-from tests.deployment.test_nginx import free_port
+from tests.deployment.proxies import free_port
 from tests.servers import ROOT, wait_for
 
 REASON = missing()
