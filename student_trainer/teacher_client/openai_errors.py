@@ -17,7 +17,7 @@ from student_trainer.teacher_client.http_connection import retry_after
 
 _TOO_LONG = re.compile(
     r"maximum context length|longer than the model's context length|exceeds the (model's )?(maximum|context)"
-    r"|greater than max allowed|exceeds the maximum allowed",
+    r"|greater than (max allowed|max_model_len)|exceeds the maximum allowed",
     re.IGNORECASE,
 )
 _ENGINE_DOWN = re.compile(r"EngineCore|EngineDead|engine (is )?(dead|down)|AsyncEngineDead", re.IGNORECASE)
