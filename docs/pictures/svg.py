@@ -10,9 +10,10 @@ from xml.sax.saxutils import escape
 
 STYLE = """
 .bg{fill:#fbfbfd;stroke:#d9dce6}.box{fill:#fff;stroke:#5b6bb5}.soft{fill:#eef1fb;stroke:#b9c3ea}
-.warm{fill:#fff3e0;stroke:#d08a2e}.cool{fill:#e3f4ec;stroke:#3d9970}.line{stroke:#6b7280;fill:none}.head{fill:#6b7280}
-text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;fill:#1f2433;font-size:14px}
-.small{font-size:12px;fill:#565d70}.bold{font-weight:600}.mono{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12.5px}
+.warm{fill:#fff3e0;stroke:#d08a2e}.cool{fill:#e3f4ec;stroke:#3d9970}
+.line{stroke:#6b7280;fill:none}.head{fill:#6b7280}.bold{font-weight:600}
+text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif;fill:#1f2433;font-size:14px}
+.small{font-size:12px;fill:#565d70}.mono{font-family:ui-monospace,Menlo,Consolas,monospace;font-size:12.5px}
 @media(prefers-color-scheme:dark){
 .bg{fill:#1c1f2b;stroke:#363b4f}.box{fill:#262a3a;stroke:#8c9be0}.soft{fill:#2a3050;stroke:#56639f}
 .warm{fill:#40311b;stroke:#d9a050}.cool{fill:#1d3a2e;stroke:#5dbb91}.line{stroke:#a3abbd}.head{fill:#a3abbd}
@@ -58,8 +59,9 @@ class Picture:
     def svg(self) -> str:
         """The file's text."""
         w, h = self.width, self.height
-        tip = '<marker id="tip" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto"><path class="head" d="M0 0L9 4L0 8z"/></marker>'
-        back = '<marker id="back" markerWidth="9" markerHeight="8" refX="1" refY="4" orient="auto"><path class="head" d="M9 0L0 4L9 8z"/></marker>'
+        size = 'markerWidth="9" markerHeight="8" refY="4" orient="auto"'
+        tip = f'<marker id="tip" refX="8" {size}><path class="head" d="M0 0L9 4L0 8z"/></marker>'
+        back = f'<marker id="back" refX="1" {size}><path class="head" d="M9 0L0 4L9 8z"/></marker>'
         frame = f'<rect class="bg" x="0.5" y="0.5" width="{w - 1}" height="{h - 1}" rx="10"/>'
         head = (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img">'

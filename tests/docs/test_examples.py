@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from tests.docs.bodies import check_json, check_yaml
-from tests.docs.commands import Wrong, check
+from tests.docs.commands import check
 from tests.docs.examples import ROOT, Example, examples, pages, problems
+from tests.docs.programs import Wrong
 from tests.servers import WAIT_S, environment, wait_for
 
 PORTS = {"50051": "TEACHER_GRPC_PORT", "8000": "TEACHER_HTTP_PORT"}
