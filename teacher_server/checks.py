@@ -106,6 +106,8 @@ def check_generate(request: GenerateRequest, info: TeacherInfo) -> None:
     if not request.prompts:
         raise InvalidRequest("the call has no prompts; send at least one")
     check_completions(len(request.prompts), request.n, info)
+    if request.alternatives > info.limits.top_k:
+        raise TooLarge(f"the call asks for {request.alternatives} alternatives, this teacher gives {info.limits.top_k}")
     if len(request.sampling.stop_token_ids) > MAX_STOPS:
         raise TooLarge(f"stop_token_ids has {len(request.sampling.stop_token_ids)} ids, this teacher takes {MAX_STOPS}")
     for stop in request.sampling.stop_token_ids:

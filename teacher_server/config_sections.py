@@ -63,7 +63,7 @@ class LimitsConfig(Section):
     json_mib: int = Field(default=4, ge=1)
     """Largest HTTP body of JSON in MiB, which is for people; the contract's messages may have max_request_mib."""
     json_numbers: int = Field(default=1_000_000, ge=1)
-    """Numbers of a JSON answer of /v1/score."""
+    """Numbers of a JSON answer of /v1/score, and log-probabilities of one of OpenAI's routes."""
     reading_mib: int = Field(default=1024, ge=1)
     """Bytes of calls that are being received, all together, in MiB; beyond it calls are Overloaded."""
     head_kib: int = Field(default=32, ge=1, le=1024)

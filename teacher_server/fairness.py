@@ -41,13 +41,15 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def turns(self, names: Iterable[str], yields: bool) -> list[str]:
+    def turns(self, names: Iterable[str], yields: bool, full: bool = False) -> list[str]:
         """Those of `names`, which all wait for work of one kind, who may have a turn now: the next and who may pass it.
 
         The next is the first with credit. While there is no room for its unit, those with more credit for their weight
         pass, most first; the passed one's turn comes all the same, as no round begins before. Rounds begin when nobody
         who waits has credit, for work of whatever kind. Where all of `names` owe and somebody else, whose work has no
         room now, has credit, nobody may where they must yield, else who owes least: room is not left empty.
+        Nor may anybody who owes where the engine is `full` and somebody whose work it has is in credit: what is added
+        then is taken from those, who keep too little submitted to have a queue of their own.
         """
         names = list(names)
         while True:
@@ -56,7 +58,10 @@ class Ledger:
             if first is not None:
                 passing = [name for name in names if standing[name] > standing[first]]
                 return [first, *sorted(passing, key=lambda name: -standing[name])]
-            if any(account.waiting and account.credit > 0 for account in self._accounts.values()):
+            ahead = [account for account in self._accounts.values() if account.credit > 0]
+            if full and any(account.running for account in ahead):
+                return []
+            if any(account.waiting for account in ahead):
                 return [] if yields else [max(names, key=lambda name: standing[name])]
             self._rounds()
 

@@ -9,6 +9,7 @@ request, no engine and no transport.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -35,6 +36,8 @@ class Cost:
     work: int
     load: Tokens
     charge: Tokens | None = None
+    rows: int = 0
+    """Completions that run at the same time."""
 
 
 @dataclass(eq=False)
@@ -71,6 +74,10 @@ class Lane:
         self.yields = yields
         """Whether it is not filled on credit while others wait for work of another kind that has no room now."""
         self.submitted = 0
+        self.rows = 0
+        """Completions that run."""
+        self.full = math.inf
+        """Completions with which the engine is as fast as it gets; see `Ledger.turns`."""
         self.queues: OrderedDict[str, OrderedDict[Unit, None]] = OrderedDict()
         """Waiting units by client, the client next in turn first; no queue is empty."""
 
@@ -171,6 +178,7 @@ class Scheduler:
         unit.closed = True
         if unit.running:
             unit.lane.submitted -= unit.load
+            unit.lane.rows -= unit.cost.rows
             if unit.spent is not None:
                 self._ledger.charge(unit.payer, unit.spent - unit.charged)
             self._ledger.ends(unit.payer)
@@ -200,7 +208,7 @@ class Scheduler:
         """Gives one turn, or finds that nobody may have one now."""
         if not lane.queues or (lane.submitted and lane.submitted >= lane.capacity):
             return False
-        for name in self._ledger.turns(lane.queues, lane.yields):
+        for name in self._ledger.turns(lane.queues, lane.yields, lane.rows >= lane.full):
             unit = next(iter(lane.queues[name]))
             if unit.turn.done():  # who waited for it went away, and its end is about to be told
                 for claim in lane.take(unit):
@@ -221,6 +229,7 @@ class Scheduler:
         unit.payer, unit.load = name, load
         unit.charged = load if unit.cost.charge is None else _tokens(unit.cost.charge)
         lane.submitted += load
+        lane.rows += unit.cost.rows
         self._ledger.begins(name, unit.charged)
         unit.turn.set_result(None)
 

@@ -26,6 +26,7 @@ from teacher_server.calls import RETRY_S, Call, Calls
 from teacher_server.generation import Merged, complete, tokenize
 from teacher_server.hidden import HiddenBudget
 from teacher_server.lengths import Lengths
+from teacher_server.pace import Pace
 from teacher_server.live import Live
 from teacher_server.metrics import Metrics
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
@@ -96,7 +97,7 @@ class TeacherService:
         self._disk: DiskTier | None = None
         if settings.cache and settings.disk_folder is not None and settings.disk_bytes:
             self._disk = DiskTier(settings.disk_folder, settings.disk_bytes)
-        self._room, self._lengths = Room(1, 1), Lengths()
+        self._room, self._lengths, self._pace = Room(1, 1), Lengths(), Pace()
         self._scoring = Scoring(
             self._scheduler, self._score_lane, metrics, usage, self.live, cache, self._disk, settings.cache
         )
@@ -132,6 +133,9 @@ class TeacherService:
         """An `Observer` of the engine's steps."""
         self.metrics.observe_step(step)
         self.live.step(step)
+        if step.kind == "generate" and step.alone and step.seconds is not None:
+            self._pace.observe(step.tokens, step.seconds)
+            self._generate_lane.full = self._pace.full
 
     async def close(self) -> None:
         """Writes scores to the disk that still wait for it; to be called when no call is in progress any more."""
@@ -300,7 +304,7 @@ class TeacherService:
         def load() -> int:
             return max(tokens(), request.n * (self._room.tokens // max(1, self._room.completions)))
 
-        return Cost(tokens(), load, tokens)
+        return Cost(tokens(), load, tokens, request.n)
 
     def load_by_client(self) -> dict[str, int]:
         """Tokens of work admitted and not finished, of each client that has some."""

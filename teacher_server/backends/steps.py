@@ -29,6 +29,8 @@ class Step:
     """How long it took; None while it runs. Answers of a batch may come before its end."""
     readout_s: float = 0.0
     """The part of `seconds` after the forward pass, in which scores are read out of the hidden states."""
+    alone: bool = True
+    """Whether the engine did nothing else in it; else `seconds` is its share of a longer one."""
 
     def end(self) -> Step:
         """Says that it has ended now."""

@@ -246,7 +246,10 @@ class TheoreticalBackend:
         if self._down.is_set():
             raise Unavailable("the teacher's engine is down", retry_after_s=1.0)
         self.counters.steps += 1
-        self._observer(step.end())
+        step.end()
+        if rate:
+            step.seconds = tokens / rate  # whenever the loop woke up
+        self._observer(step)
         return step
 
 

@@ -72,14 +72,14 @@ class Meter:
         read = sum(prompt.tokens for prompt in prompts)
         share = (now - began) / (read + tokens) if read + tokens else 0.0
         if prompts:
-            step = self._tell("score", len(prompts), read, began, share * read)
+            step = self._tell("score", len(prompts), read, began, share * read, alone=not tokens)
             for prompt in prompts:
                 prompt.step = step
         if tokens:
-            self._tell("generate", rows, tokens, began + share * read, share * tokens)
+            self._tell("generate", rows, tokens, began + share * read, share * tokens, alone=not prompts)
 
-    def _tell(self, kind: Kind, sequences: int, tokens: int, began: float, seconds: float) -> Step:
-        step = Step(kind, sequences, tokens, began, seconds)
+    def _tell(self, kind: Kind, sequences: int, tokens: int, began: float, seconds: float, *, alone: bool) -> Step:
+        step = Step(kind, sequences, tokens, began, seconds, alone=alone)
         if kind == "score":
             self.scored = True
             step.readout_s, self.readout_s = self.readout_s, 0.0

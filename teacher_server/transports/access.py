@@ -38,6 +38,8 @@ HTTP: dict[str, Access] = {
     "/v1/generate": GENERATE,
     "/v1/completions": GENERATE,
     "/v1/chat/completions": GENERATE,
+    "/tokenize": GENERATE,  # goes with the routes above
+    "/detokenize": GENERATE,
     "/": PAGE,
     "/status": PAGE,
     "/metrics": PAGE,

@@ -25,7 +25,6 @@ from teacher_server.transports import (
     http_transport,
     live_page,
     openai_api,
-    openai_schemas,
     problems,
     schemas,
 )
@@ -116,7 +115,7 @@ def _openapi(app: FastAPI) -> Callable[[], dict[str, Any]]:
     def build() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-            bodies = (schemas.ScoreBody, schemas.GenerateBody, openai_schemas.CompletionBody, openai_schemas.ChatBody)
+            bodies = (schemas.ScoreBody, schemas.GenerateBody, *openai_api.BODIES)
             models = [(body, "validation") for body in bodies]
             _, extra = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
             parts = document.setdefault("components", {}).setdefault("schemas", {})

@@ -1,27 +1,24 @@
-"""One OpenAI-shaped call: completions from the service, and scores of the finished sequences where alternatives or the
-prompt's log-probabilities are wanted, put into OpenAI's and vLLM's shapes.
+"""One OpenAI-shaped call: completions from the service, and scores of its prompts where these are wanted.
 
-It knows no route and no engine. Legend: P tokens of a prompt, N tokens of prompt and completion.
+It knows no route and no engine; `openai_choices` puts what comes into OpenAI's and vLLM's shapes.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from protos import scores as domain
-from protos.errors import InvalidSequence, TeacherMismatch
+from protos.errors import InvalidSequence, TooLarge
 from teacher_server import checks
 from teacher_server.auth import Caller
 from teacher_server.service import TeacherService
-from teacher_server.transports import openai_logprobs as shapes
-from teacher_server.transports.completions import collect
-from teacher_server.transports.openai_schemas import ChatBody, CompletionBody, OpenAiBody
+from teacher_server.transports.openai_body import OpenAiBody
+from teacher_server.transports.openai_schemas import ChatBody, CompletionBody
+from teacher_server.transports.openai_tokens import check_model
 
 
 @dataclass(frozen=True)
@@ -33,160 +30,116 @@ class Wish:
     alternatives: int | None
     echo: bool
     chat: bool
+    special: bool = False
+    include_reasoning: bool = True
+
+    @property
+    def characters(self) -> int:
+        """Characters of the prompts' text; ids count as one each."""
+        messages = sum(len(message.content) for one in self.prompts for message in one.messages)
+        return messages + sum(
+            len(one.text) + (0 if one.token_ids is None else len(one.token_ids)) for one in self.prompts
+        )
 
 
 def completion_wish(body: CompletionBody) -> Wish:
     """The wish of /v1/completions."""
-    return Wish(body.prompts(), body.max_tokens, body.logprobs, body.echo, False)
+    return Wish(body.prompts(), body.max_tokens, body.logprobs, body.echo, False, body.add_special_tokens)
 
 
 def chat_wish(body: ChatBody) -> Wish:
     """The wish of /v1/chat/completions."""
     limit = body.max_completion_tokens or body.max_tokens
-    return Wish([body.prompt()], limit, body.top_logprobs if body.logprobs else None, False, True)
+    alternatives = body.top_logprobs if body.logprobs else None
+    return Wish([body.prompt()], limit, alternatives, False, True, include_reasoning=body.include_reasoning)
 
 
 class OpenAiCall:
-    """A call whose prompts are tokens by now; `whole` answers at once, `request` and `chunks` serve a stream."""
+    """A call whose prompts are tokens by now; `deltas` runs it."""
 
-    def __init__(self, service: TeacherService, caller: Caller, body: OpenAiBody, wish: Wish) -> None:
+    def __init__(
+        self, service: TeacherService, caller: Caller, body: OpenAiBody, wish: Wish, most_numbers: int
+    ) -> None:
         info = service.teacher()
-        if body.model and body.model != info.name:
-            raise TeacherMismatch(f"the call names the model {body.model!r}, this server serves {info.name!r}")
-        if body.stream:
-            body.refuse_in_a_stream(wish.alternatives or 0, wish.echo)
+        check_model(service, body.model)
         checks.check_completions(len(wish.prompts), body.n, info)
-        self._service, self._caller, self._body, self._wish = service, caller, body, wish
-        self._text = service.text
-        self._namer = shapes.Namer(self._text.decode, body.return_tokens_as_token_ids)
-        self.prompts = [service.tokenize(index, prompt) for index, prompt in enumerate(wish.prompts)]
+        self._service, self._caller = service, caller
+        self.body, self.wish, self.info, self.text = body, wish, info, service.text
+        self.prompts = [service.tokenize(i, prompt, special=wish.special) for i, prompt in enumerate(wish.prompts)]
         for index, ids in enumerate(self.prompts):
             if not len(ids):
                 raise InvalidSequence(f"prompt {index} has no tokens", index=index)
+            checks.check_ids(ids, info.vocab_size, f"prompt {index}", index)
         left = info.limits.sequence_tokens - max(len(ids) for ids in self.prompts)
-        self._max_tokens = max(left, 1) if wish.max_tokens is None else wish.max_tokens
-        name = "chat.completion" if wish.chat else "text_completion"
-        self._head = {
-            "id": f"{'chatcmpl' if wish.chat else 'cmpl'}-{caller.request_id}",
-            "object": f"{name}.chunk" if wish.chat and body.stream else name,
-            "created": int(time.time()),
-            "model": info.name,
-        }
-        self._sampled = 0
-        self._begun: set[int] = set()
+        self.max_tokens = max(left, 1) if wish.max_tokens is None else wish.max_tokens
+        self.request = self._request() if self.max_tokens else None
+        self.numbers = self._numbers()
+        if self.numbers > most_numbers:
+            raise TooLarge(
+                f"the answer may have {self.numbers} log-probabilities, this server writes {most_numbers} as JSON; ask "
+                "for fewer alternatives or tokens, or use /v1/score with protobuf"
+            )
+        self.prompt_scores: dict[int, domain.Scores] = {}
+        """Of the prompts' tokens but their first; known once `deltas` has begun."""
 
-    def request(self) -> domain.GenerateRequest:
-        """The domain's call."""
+    def _request(self) -> domain.GenerateRequest:
+        stops = self.body.stops
         prompts = tuple(
             domain.Prompt(token_ids=ids, mode=prompt.mode)
-            for ids, prompt in zip(self.prompts, self._wish.prompts, strict=True)
+            for ids, prompt in zip(self.prompts, self.wish.prompts, strict=True)
         )
-        sampling = self._body.sampling(self._max_tokens)
         return domain.GenerateRequest(
-            prompts, sampling, self._body.n, self._wish.alternatives is not None, self._body.stream
+            prompts,
+            self.body.sampling(self.max_tokens),
+            self.body.n,
+            self.wish.alternatives is not None,
+            self.body.stream,
+            alternatives=self.wish.alternatives or 0,
+            rules=domain.TextRules(stops, self.body.include_stop_str_in_output, self.wish.chat),
         )
-
-    async def whole(self) -> dict[str, Any]:
-        """The answer that is not a stream."""
-        if self._max_tokens:
-            rows = await collect(self._service, self.request(), self._caller)
-        else:
-            none = np.empty(0, np.int32)
-            rows = [
-                [domain.Completion(ids, none, "", domain.FinishReason.LENGTH)] * self._body.n for ids in self.prompts
-            ]
-        completions = [completion for row in rows for completion in row]
-        self._sampled = sum(len(completion.token_ids) for completion in completions)
-        scores = await self._scores(completions)
-        choices = [self._choice(index, one, scores.get(index)) for index, one in enumerate(completions)]
-        answer = self._head | {"choices": choices, "usage": self._usage()}
-        if self._wish.chat and self._body.prompt_logprobs is not None:
-            answer["prompt_logprobs"] = self._prompt_logprobs(completions[0], scores.get(0))
-        return answer
 
     @property
-    def _score_start_is_one(self) -> bool:
-        return self._wish.echo or self._body.prompt_logprobs is not None
+    def echoed_logprobs(self) -> bool:
+        """Whether the echoed prompt has log-probabilities."""
+        return self.wish.echo and self.wish.alternatives is not None
 
-    def _start(self, completion: domain.Completion) -> int:
-        return 1 if self._score_start_is_one else len(completion.prompt_token_ids)
+    @property
+    def prompt_top_k(self) -> int | None:
+        """Alternatives to the prompts' tokens that are wanted at most; None where they are not scored."""
+        wanted = [self.body.prompt_logprobs] + ([self.wish.alternatives] if self.wish.echo else [])
+        given = [one for one in wanted if one is not None]
+        return max(given) if given else None
 
-    async def _scores(self, completions: list[domain.Completion]) -> dict[int, domain.Scores]:
-        """Scores by index of completion, where the answer needs more than the sampled log-probabilities."""
-        alternatives = self._wish.alternatives
-        if not (alternatives or self._body.prompt_logprobs is not None or (self._wish.echo and alternatives == 0)):
-            return {}
-        top_k = max(alternatives or 0, self._body.prompt_logprobs or 0)
+    def _numbers(self) -> int:
+        """The log-probabilities that an answer may have: those of `n` echoes and completions of each prompt."""
+        each = 0 if self.wish.alternatives is None else 1 + self.wish.alternatives
+        prompt = 0 if self.prompt_top_k is None else 1 + self.prompt_top_k
+        whole = 0 if self.body.stream else self.body.n * self.max_tokens * each
+        return sum(len(ids) * prompt * self.body.n + whole for ids in self.prompts)
+
+    async def deltas(self) -> AsyncGenerator[list[domain.CompletionDelta], None]:
+        """Scores the prompts where that is wanted, then gives the completions' pieces."""
+        await self._score_prompts()
+        if self.request is None:
+            none, end = np.empty(0, np.int32), domain.FinishReason.LENGTH
+            yield [
+                domain.CompletionDelta(index, sample, none, finish_reason=end, prompt_token_ids=ids)
+                for index, ids in enumerate(self.prompts)
+                for sample in range(self.body.n)
+            ]
+            return
+        async with aclosing(self._service.generate(self.request, self._caller)) as pieces:
+            async for some in pieces:
+                yield some
+
+    async def _score_prompts(self) -> None:
+        top_k = self.prompt_top_k
+        positions = [index for index, ids in enumerate(self.prompts) if len(ids) > 1]
+        if top_k is None or not positions:
+            return
         want = {domain.Field.TOKEN_LOGPROBS} | ({domain.Field.TOP} if top_k else set())
-        positions, sequences = [], []
-        for index, one in enumerate(completions):
-            ids = np.concatenate([one.prompt_token_ids, one.token_ids])
-            if self._start(one) < len(ids):
-                positions.append(index)
-                sequences.append(domain.Sequence(ids, self._start(one)))
-        if not sequences:
-            return {}
-        call = domain.ScoreRequest(tuple(sequences), domain.ScoreSpec(top_k, want=frozenset(want)))
+        sequences = tuple(domain.Sequence(self.prompts[index]) for index in positions)
+        call = domain.ScoreRequest(sequences, domain.ScoreSpec(top_k, want=frozenset(want)))
         async with aclosing(self._service.score(call, self._caller)) as results:
-            return {positions[index]: scores async for index, scores in results}
-
-    def _choice(self, index: int, one: domain.Completion, scores: domain.Scores | None) -> dict[str, Any]:
-        alternatives, chat, echo = self._wish.alternatives, self._wish.chat, self._wish.echo
-        logprobs: dict[str, Any] | None = None
-        if alternatives is not None:
-            if alternatives or echo:
-                ids = np.concatenate([one.prompt_token_ids, one.token_ids])
-                first = 0 if echo else len(one.prompt_token_ids)
-                rows = shapes.rows(ids, first, scores, self._start(one), alternatives, self._namer)
-            else:
-                rows = shapes.sampled_rows(one.token_ids, one.logprobs, self._namer)
-            logprobs = shapes.chat_shape(rows) if chat else shapes.completion_shape(rows, alternatives)
-        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": one.finish_reason.value}
-        if chat:
-            return choice | {"message": {"role": "assistant", "content": one.text}}
-        if self._body.prompt_logprobs is not None:
-            choice["prompt_logprobs"] = self._prompt_logprobs(one, scores)
-        return choice | {"text": self._echoed(index) + one.text}
-
-    def _echoed(self, index: int) -> str:
-        """The prompt's text where it is echoed: as it was given, else decoded."""
-        if not self._wish.echo:
-            return ""
-        prompt = index // self._body.n
-        return self._wish.prompts[prompt].text or self._text.decode(self.prompts[prompt])
-
-    def _prompt_logprobs(self, one: domain.Completion, scores: domain.Scores | None) -> list[dict[str, Any] | None]:
-        top_k = self._body.prompt_logprobs or 0
-        return shapes.prompt_shape(shapes.rows(one.prompt_token_ids, 0, scores, 1, top_k, self._namer))
-
-    def chunks(self, deltas: list[domain.CompletionDelta]) -> Iterable[dict[str, Any]]:
-        """A stream's chunks of some pieces."""
-        for delta in deltas:
-            self._sampled += len(delta.token_ids)
-            index = delta.prompt_index * self._body.n + delta.sample_index
-            logprobs: dict[str, Any] | None = None
-            if self._wish.alternatives is not None:
-                rows = shapes.sampled_rows(delta.token_ids, delta.logprobs, self._namer)
-                logprobs = shapes.chat_shape(rows) if self._wish.chat else shapes.completion_shape(rows, 0)
-            reason = delta.finish_reason.value if delta.finish_reason else None
-            choice = {"index": index, "logprobs": logprobs, "finish_reason": reason}
-            if self._wish.chat:
-                role = {} if index in self._begun else {"role": "assistant"}
-                choice["delta"] = role | {"content": delta.text}
-                self._begun.add(index)
-            else:
-                choice["text"] = delta.text
-            yield self._head | {"choices": [choice]}
-
-    def last_chunks(self) -> Iterable[dict[str, Any]]:
-        """What a stream says after its last piece."""
-        if self._body.include_usage:
-            yield self._head | {"choices": [], "usage": self._usage()}
-
-    def _usage(self) -> dict[str, int]:
-        prompt = sum(len(ids) for ids in self.prompts)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": self._sampled,
-            "total_tokens": prompt + self._sampled,
-        }
+            async for index, scores in results:
+                self.prompt_scores[positions[index]] = scores

@@ -1,111 +1,127 @@
 """Log-probabilities in the shapes of OpenAI's completions, OpenAI's chat completions and vLLM's prompt_logprobs.
 
-They are made of scores of the very tokens, so that they equal what Score says. It knows no route.
+It knows arrays of scores and a decoder of ids, no route. Legend: R tokens, K alternatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from protos.scores import Floats, Ids, Scores
+from teacher_server.backends.base import TextCodec
 
-Decode = Callable[[Ids], str]
+
+@dataclass(frozen=True)
+class Token:
+    """A token's id, its name in an answer, and the bytes of its text where that is whole characters."""
+
+    token_id: int
+    name: str
+    bytes: list[int] | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One token: its name and text, its log-probability (None for a first token), and alternatives by likelihood."""
+    """One token: its log-probability (None for a first token), and alternatives by likelihood."""
 
-    token_id: int
-    name: str
+    token: Token
     logprob: float | None
-    alternatives: tuple[tuple[int, str, float], ...] = ()
+    alternatives: tuple[tuple[Token, float], ...] = ()
 
 
 class Namer:
-    """Names of tokens: their text, or `token_id:N` where that is asked for or the text is no whole character."""
+    """Names tokens: by their text, or `token_id:N` where that is asked for or the text is no whole character."""
 
-    def __init__(self, decode: Decode, as_ids: bool) -> None:
-        self._decode = decode
+    def __init__(self, text: TextCodec, as_ids: bool) -> None:
+        self._text = text
         self._as_ids = as_ids
+        self._known: dict[int, Token] = {}
 
-    def name(self, ids: Ids, position: int) -> str:
-        """The name of `ids[position]`."""
-        text = "" if self._as_ids else self._decode(ids[position : position + 1])
-        return text if text and "�" not in text else f"token_id:{ids[position]}"
+    def tokens(self, ids: Ids) -> list[Token]:
+        """The tokens of int32[R]."""
+        return [
+            self._known.get(token_id) or self._make(token_id, ids[i : i + 1]) for i, token_id in enumerate(ids.tolist())
+        ]
 
-
-def rows(ids: Ids, first: int, scores: Scores | None, start: int, top_k: int, namer: Namer) -> list[Row]:
-    """Rows of int32[N] `ids` from position `first` on; `scores` begin at position `start`, what is before has none."""
-    result = []
-    for position in range(first, len(ids)):
-        row = position - start
-        if scores is None or row < 0 or scores.token_logprobs is None:
-            result.append(Row(int(ids[position]), namer.name(ids, position), None))
-            continue
-        alternatives: list[tuple[int, str, float]] = []
-        if scores.top_token_ids is not None and scores.top_logprobs is not None:
-            top, logprobs = scores.top_token_ids[row], scores.top_logprobs[row]
-            alternatives = [(int(top[k]), namer.name(top, k), float(logprobs[k])) for k in range(top_k)]
-        logprob = float(scores.token_logprobs[row])
-        result.append(Row(int(ids[position]), namer.name(ids, position), logprob, tuple(alternatives)))
-    return result
+    def _make(self, token_id: int, one: Ids) -> Token:
+        text = self._text.decode(one, special=True)
+        whole = bool(text) and "�" not in text
+        name = text if whole and not self._as_ids else f"token_id:{token_id}"
+        self._known[token_id] = Token(token_id, name, list(text.encode()) if whole else None)
+        return self._known[token_id]
 
 
-def sampled_rows(ids: Ids, logprobs: Floats | None, namer: Namer) -> list[Row]:
-    """Rows of int32[R] sampled tokens with their float32[R] log-probabilities, without alternatives."""
-    given: Sequence[float | None] = [None] * len(ids) if logprobs is None else logprobs.tolist()
-    return [Row(int(ids[i]), namer.name(ids, i), given[i]) for i in range(len(ids))]
+def rows(
+    ids: Ids, logprobs: Floats | None, top_ids: Ids | None, top_logprobs: Floats | None, namer: Namer
+) -> list[Row]:
+    """Rows of int32[R] with their float32[R], and alternatives int32[R,K] and float32[R,K] where there are some."""
+    tokens = namer.tokens(ids)
+    given: list[float | None] = [None] * len(ids) if logprobs is None else logprobs.tolist()
+    if top_ids is None or top_logprobs is None:
+        return [Row(token, logprob) for token, logprob in zip(tokens, given, strict=True)]
+    return [
+        Row(tokens[i], given[i], tuple(zip(namer.tokens(top_ids[i]), top_logprobs[i].tolist(), strict=True)))
+        for i in range(len(ids))
+    ]
+
+
+def prompt_rows(ids: Ids, scores: Scores | None, namer: Namer) -> list[Row]:
+    """Rows of a prompt int32[R], whose first token has no log-probability; `scores` are those of the others."""
+    found = scores or Scores()
+    first = rows(ids[:1], None, None, None, namer)
+    return first + rows(ids[1:], found.token_logprobs, found.top_token_ids, found.top_logprobs, namer)
 
 
 def completion_shape(rows: list[Row], top_k: int, offset: int = 0) -> dict[str, Any]:
     """`logprobs` of a text completion; the token itself is among its alternatives, as OpenAI and vLLM have it."""
     offsets = []
+    top: list[dict[str, float] | None] = []
     for row in rows:
         offsets.append(offset)
-        offset += len(row.name)
-    top: list[dict[str, float] | None] | None = None
-    if top_k:
-        top = []
-        for row in rows:
-            if row.logprob is None:
-                top.append(None)
-                continue
-            top.append({name: logprob for _, name, logprob in row.alternatives} | {row.name: row.logprob})
+        offset += len(row.token.name)
+        if row.logprob is None:
+            top.append(None)
+        else:
+            some = {token.name: logprob for token, logprob in row.alternatives[:top_k]}
+            top.append(some | {row.token.name: row.logprob})
     return {
-        "tokens": [row.name for row in rows],
+        "tokens": [row.token.name for row in rows],
         "token_logprobs": [row.logprob for row in rows],
         "top_logprobs": top,
         "text_offset": offsets,
     }
 
 
-def chat_shape(rows: list[Row]) -> dict[str, Any]:
+def chat_shape(rows: list[Row], top_k: int) -> dict[str, Any]:
     """`logprobs` of a chat completion."""
 
-    def entry(name: str, logprob: float | None) -> dict[str, Any]:
-        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+    def entry(token: Token, logprob: float | None) -> dict[str, Any]:
+        return {"token": token.name, "logprob": logprob, "bytes": token.bytes}
 
     return {
         "content": [
-            entry(row.name, row.logprob)
-            | {"top_logprobs": [entry(name, logprob) for _, name, logprob in row.alternatives]}
+            entry(row.token, row.logprob)
+            | {"top_logprobs": [entry(token, logprob) for token, logprob in row.alternatives[:top_k]]}
             for row in rows
         ]
     }
 
 
-def prompt_shape(rows: list[Row]) -> list[dict[str, Any] | None]:
-    """vLLM's `prompt_logprobs`: by token id; `rank` is null for a token outside the alternatives."""
+def prompt_shape(rows: list[Row], top_k: int) -> list[dict[str, Any] | None]:
+    """vLLM's `prompt_logprobs`, by token id.
+
+    The rank of a token outside the alternatives is the smallest that it can have, `top_k` + 1; null without any.
+    """
     result: list[dict[str, Any] | None] = []
     for row in rows:
         if row.logprob is None:
             result.append(None)
             continue
-        entries: dict[str, Any] = {str(row.token_id): {"logprob": row.logprob, "rank": None, "decoded_token": row.name}}
-        for rank, (token_id, name, logprob) in enumerate(row.alternatives, 1):
-            entries[str(token_id)] = {"logprob": logprob, "rank": rank, "decoded_token": name}
+        outside = top_k + 1 if top_k else None
+        own = {"logprob": row.logprob, "rank": outside, "decoded_token": row.token.name}
+        entries: dict[str, Any] = {str(row.token.token_id): own}
+        for rank, (token, logprob) in enumerate(row.alternatives[:top_k], 1):
+            entries[str(token.token_id)] = {"logprob": logprob, "rank": rank, "decoded_token": token.name}
         result.append(entries)
     return result

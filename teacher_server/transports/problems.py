@@ -20,7 +20,7 @@ from protos.errors import DOMAIN, InvalidRequest, TeacherError, reason_of
 MEDIA_TYPE = "application/problem+json"
 SHOWN = 5
 """Faults of a body that a problem names."""
-OPENAI_PATHS = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions"})
+OPENAI_PATHS = frozenset({"/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"})
 """Routes whose callers look for OpenAI's `error` member."""
 
 SCHEMA: dict[str, Any] = {
@@ -76,6 +76,8 @@ def respond(body: dict[str, Any], headers: dict[str, str] | None = None) -> Resp
     headers = dict(headers or {})
     if "retry_after_s" in body:
         headers["retry-after"] = str(max(1, math.ceil(body["retry_after_s"])))
+    if "error" in body:  # OpenAI's clients would try again whatever is 5xx
+        headers["x-should-retry"] = "true" if "retry_after_s" in body else "false"
     if body["status"] == HTTPStatus.UNAUTHORIZED:
         headers.setdefault("www-authenticate", "Bearer")
     return Response(json.dumps(body), body["status"], headers, MEDIA_TYPE)
@@ -88,7 +90,9 @@ def of_path(path: str, body: dict[str, Any]) -> dict[str, Any]:
 
 def with_openai_error(body: dict[str, Any]) -> dict[str, Any]:
     """The problem with the member that OpenAI's clients look for; it says the same."""
-    return body | {"error": {"message": body["detail"], "type": body["reason"].lower(), "code": body["status"]}}
+    return body | {
+        "error": {"message": body["detail"], "type": body["reason"].lower(), "param": None, "code": body["status"]}
+    }
 
 
 def framework_reason(status: int) -> str:
