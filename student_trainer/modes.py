@@ -29,6 +29,12 @@ def render(tokenizer: Any, messages: Iterable[Message], mode: Mode | None) -> Id
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 
+def prompt_tokens(tokenizer: Any, messages: Iterable[Message]) -> int:
+    """How many tokens a prompt has, in the mode in which it is longer."""
+    turns = list(messages)
+    return max(len(render(tokenizer, turns, mode)) for mode in Mode)
+
+
 def unit_interval(seed: int, text: str) -> float:
     """A number of [0, 1) that depends on seed and text alone: the same on every machine and in any order."""
     digest = hashlib.sha256(f"{seed}\n{text}".encode()).digest()

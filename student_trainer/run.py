@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from .evaluation import Evaluator, Student, answer_text
 from .meters import CallMeter
 from .model_card import check_push, push
 from .models import describe
-from .modes import render
+from .modes import prompt_tokens, render
 from .opening import open_teachers
 from .report import RunReport
 from .reporting import Reporter, check_reports, final_table, logging_to, open_metrics
@@ -66,7 +67,9 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         source = first_student(config, stage, pretrained_student)
         description = describe(config, source)
         verifier = load_verifier(config.evaluation.verifier)
-        train, validation = load_examples(config.data, config.training.seed)
+        train, validation = load_examples(
+            config.data, config.training.seed, partial(prompt_tokens, description.tokenizer)
+        )
         log.info("%d examples to train on, %d held out", len(train), len(validation))
         domains = {e.domain for e in [*train, *validation]}
         tracer = None

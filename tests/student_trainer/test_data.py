@@ -74,7 +74,7 @@ def test_of_a_chat_the_last_assistant_turn_is_expected(tmp_path: Path, name: str
 
 def test_a_system_prompt_is_put_before_conversations_that_have_none(tmp_path: Path) -> None:
     own = {"messages": [{"role": "system", "content": "own"}, {"role": "user", "content": "u"}]}
-    first, second = read_examples(save(tmp_path / "a.json", [ROWS[0], own]), "be brief")
+    first, second = read_examples(save(tmp_path / "a.json", [ROWS[0], own]), Data(system_prompt="be brief"))
     assert first.messages[0] == Message("system", "be brief")
     assert [m.content for m in second.messages] == ["own", "u"]
 
@@ -142,8 +142,9 @@ WRONG: list[tuple[str, str, str]] = [
     ("a.json", '[{"instruction": "a"}, 5]', "a.json, row 2: int, not an object"),
     (
         "a.json",
-        '[{"prompt": "a", "answer": "b"}]',
-        r"row 1: neither instruction nor messages among its keys \['answer', 'prompt'\]",
+        '[{"ask": "a", "answer": "b"}]',
+        r"row 1: no instruction, messages, conversations or prompt among its keys \['answer', 'ask'\]; "
+        r"name the right key in data\.prompt_column",
     ),
     ("a.json", '[{"instruction": 5}]', "row 1: instruction is a number, not text"),
     ("a.json", '[{"instruction": "a", "output": ["b"]}]', "row 1: output is a list, not text"),
@@ -169,7 +170,7 @@ def test_what_is_wrong_with_a_file_is_told_in_one_line(tmp_path: Path, name: str
 def test_missing_files_folders_and_other_encodings_are_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json: no such file; check data\.data_path"):
         read_examples(tmp_path / "nowhere.json")
-    with pytest.raises(UserError, match="a folder, not a file"):
+    with pytest.raises(UserError, match=r"a folder without data: no file in it ends with \.json"):
         read_examples(tmp_path)
     (tmp_path / "l.json").write_bytes('[{"instruction": "é"}]'.encode("latin-1"))
     with pytest.raises(UserError, match="not UTF-8 at byte 18; save it as UTF-8"):
