@@ -4,6 +4,7 @@ A block is run unless the comment right before it says otherwise. Comments that 
   <!-- not run: WHY -->       not run; it is still checked against the program's own parsers (commands.py, bodies.py)
   <!-- run by PATH -->        another test of the tree runs it; PATH exists and names the page
   <!-- serves -->             the command runs until the tests end, on free ports
+  <!-- beside COMMAND -->     run while this command, a server, runs; it is checked and started as if it stood there
   <!-- slow -->               run by the slow tests alone
 A block with `title="NAME"` is a file: it is written under that name before the page's later blocks run. A text block
 with `title="prints"` is what the block before it prints. Knows no program.
@@ -17,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^\n`]*)\n(?P<text>.*?)^(?P=indent)```[ ]*$", re.S | re.M)
-COMMENT = re.compile(r"<!-- *(?P<word>not run:|run by|serves|slow)(?P<rest>.*?)-->", re.S)
+COMMENT = re.compile(r"<!-- *(?P<word>not run:|run by|serves|beside|slow)(?P<rest>.*?)-->", re.S)
 LANGUAGES = ("bash", "python", "yaml", "json", "text")
 
 
@@ -31,9 +32,9 @@ class Example:
     title: str
     text: str
     how: str
-    """"not run", "run by", "serves", "slow" or "" for a block that is simply run."""
+    """"not run", "run by", "serves", "beside", "slow" or "" for a block that is simply run."""
     why: str
-    """The reason, or the path of the test that runs it."""
+    """The reason, the path of the test that runs it, or the server beside which it runs."""
 
     @property
     def name(self) -> str:
@@ -87,6 +88,6 @@ def problems(example: Example) -> list[str]:
             found.append(f"is run by {example.why}, which is not there")
         elif Path(example.page).name not in path.read_text(encoding="utf-8"):
             found.append(f"is run by {example.why}, which does not name the page")
-    if example.how in ("serves", "slow") and example.language not in ("bash", "python"):
+    if example.how in ("serves", "beside", "slow") and example.language not in ("bash", "python"):
         found.append(f"is marked {example.how}, and {example.language} is not run")
     return found

@@ -59,7 +59,8 @@ class Desk:
 
     def serve(self, example: Example) -> None:
         """Starts the server of an example and waits until it answers; the same command is started once."""
-        command = " ".join(example.text.split())
+        script = example.why if example.how == "beside" else example.text.strip()
+        command = " ".join(script.split())
         folder = self.folder(example.page)
         key = command if "tiny_pair/" in command else f"{example.page} {command}"
         if key not in self.ports:
@@ -68,7 +69,7 @@ class Desk:
             settings = {name: str(ports[port]) for port, name in PORTS.items()}
             with log.open("w") as out:
                 server = subprocess.Popen(
-                    ["bash", "-ec", f"exec {example.text.strip()}"],
+                    ["bash", "-ec", f"exec {script}"],
                     cwd=folder,
                     env=self.environment(**settings, TEACHER_READY_FILE=str(ready)),
                     stdout=out,
@@ -128,23 +129,24 @@ def test_every_block_of_a_page_is_an_example_that_can_be_checked(page: str) -> N
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 def test_an_example_is_what_the_programs_understand(example: Example) -> None:
-    if example.language == "bash":
+    script = example.why if example.how == "beside" else example.text
+    if example.language == "bash" or example.how == "beside":
         try:
-            check(example.text)
+            check(script)
         except Wrong as error:
             pytest.fail(f"{example.name}: {error}")
     elif example.language == "yaml":
         assert not check_yaml(example.text) or example.how == "not run", check_yaml(example.text)
     elif example.language == "json":
         assert not check_json(example.text) or example.how == "not run", check_json(example.text)
-    elif example.language == "python":
+    if example.language == "python":
         compile(example.text, example.name, "exec")
 
 
 def is_run(example: Example) -> bool:
     """Whether the tests of this file run a block, or write it as a file, or compare it with what was printed."""
     if example.language in ("bash", "python"):
-        return example.how in ("", "slow", "serves")
+        return example.how in ("", "slow", "serves", "beside")
     return bool(example.title)
 
 
@@ -161,6 +163,8 @@ def run_page(desk: Desk, page: str, with_slow: bool) -> None:
         elif example.how == "serves":
             desk.serve(example)
         elif example.how != "slow" or with_slow:
+            if example.how == "beside":
+                desk.serve(example)
             printed = desk.run(example)
 
 
