@@ -17,7 +17,7 @@ from .sampled import SAMPLED_LOSSES, reverse_kl_sampled_tail
 from .targets import Buckets, TeacherTargets
 
 LOSSES: tuple[str, ...] = (*SOFT_LOSSES, "reverse_kl_sampled_tail", *SAMPLED_LOSSES)
-"""Every name that `Objective.loss` takes."""
+"""Every name that `Objective.loss` takes; a divergence that is added to SOFT_LOSSES is one too."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Objective:
     targets'."""
 
     loss: str = "forward_kl"
-    """One of LOSSES."""
+    """One of LOSSES, or a divergence that was added to SOFT_LOSSES."""
     jsd_beta: float = 0.5
     """b of the generalised JSD; unused by other losses."""
     alpha: float = 1.0
@@ -39,8 +39,9 @@ class Objective:
     """Bounds of an importance weight, where the loss is given the rollout's log-probabilities (see importance.py)."""
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        known = (*SOFT_LOSSES, *(name for name in LOSSES if name not in SOFT_LOSSES))
+        if self.loss not in known:
+            raise ValueError(f"loss must be one of {', '.join(known)}, got {self.loss!r}")
         if not 0 <= self.jsd_beta <= 1:
             raise ValueError(f"jsd_beta must be from 0 to 1, got {self.jsd_beta}")
         if not (0 <= self.alpha < float("inf") and 0 <= self.beta < float("inf")):

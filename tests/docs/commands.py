@@ -34,8 +34,8 @@ OTHERS = {
 """Programs of others, of which nothing but the name is known."""
 
 
-def check(text: str) -> None:
-    """Wrong where one of a bash example's commands would not be understood."""
+def check(text: str, files: frozenset[str] = frozenset()) -> None:
+    """Wrong where one of a bash example's commands would not be understood; `files` are scripts of its page."""
     for words in commands(text):
         program, arguments = _program(words)
         if program in CHECKS:
@@ -44,7 +44,7 @@ def check(text: str) -> None:
             module(program, arguments)
         elif program.startswith("python ") and (ROOT / program[7:]).is_file():
             script(ROOT / program[7:], arguments)
-        elif program.split()[0] not in OTHERS:
+        elif program.split()[0] not in OTHERS and program.removeprefix("python ") not in files:
             raise Wrong(f"nothing is known about the program {program!r}")
 
 

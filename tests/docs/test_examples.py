@@ -22,7 +22,16 @@ from tests.servers import WAIT_S, environment, wait_for
 
 PORTS = {"50051": "TEACHER_GRPC_PORT", "8000": "TEACHER_HTTP_PORT"}
 """Ports that examples name, and the setting by which a server of theirs listens on another."""
-SHARED = ("tiny_pair", "dataset", "config", "benchmarks", "docs", "main_distillation.py", "docker-compose.yml")
+SHARED = (
+    "tiny_pair",
+    "dataset",
+    "config",
+    "benchmarks",
+    "docs",
+    "main_distillation.py",
+    "docker-compose.yml",
+    "LICENSE",
+)
 """What an example finds of the repository in the folder in which it runs."""
 
 
@@ -132,7 +141,7 @@ def test_an_example_is_what_the_programs_understand(example: Example) -> None:
     script = example.why if example.how == "beside" else example.text
     if example.language == "bash" or example.how == "beside":
         try:
-            check(script)
+            check(script, frozenset(e.title for e in examples(example.page)))
         except Wrong as error:
             pytest.fail(f"{example.name}: {error}")
     elif example.language == "yaml":
