@@ -1,36 +1,32 @@
-"""The images built and run by a real Docker engine: teacher-cpu, two trainers, certificates, and Prometheus before it.
+"""The images run by a real Docker engine: a teacher, two trainers, certificates, Prometheus, and what stands between.
 
-It uses whatever engine `docker` reaches, and is skipped, saying why, where there is none. A folder named by
-PIP_FIND_LINKS is lent to the build over HTTP, so that a machine may bring wheels of its own.
+It uses whatever engine `docker` reaches, and is skipped, saying why, where there is none.
 """
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
-import os
 import re
 import shutil
+import socket
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from protos.scores import Prompt, Sampling
 from student_trainer.teacher_client import Credentials, connect
-from tests.deployment.engine import CERTIFICATES, compose_command, missing, run
+from tests.deployment.engine import missing, run
 from tests.deployment.proxies import free_port
-from tests.servers import ROOT, wait_for
+from tests.deployment.stack import IMAGES, SECRET, Stack, build, build_prometheus
+from tests.deployment.test_compose import board
+from tests.servers import wait_for
 
 REASON = missing()
 pytestmark = [
@@ -39,94 +35,7 @@ pytestmark = [
     pytest.mark.skipif(bool(REASON), reason=f"containers are not run: {REASON}"),
 ]
 RUN_S = 900.0
-IMAGES = {"tools": "teacher.Dockerfile", "teacher-cpu": "teacher.Dockerfile", "trainer-cpu": "trainer.Dockerfile"}
-
-
-@contextmanager
-def wheels() -> Iterator[str]:
-    """An address of the folder that PIP_FIND_LINKS names, for builds in this machine's network; empty without one."""
-    folder = os.environ.get("PIP_FIND_LINKS", "")
-    if not Path(folder or "/nowhere").is_dir():
-        yield ""
-        return
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ.get("WHEELS_PORT", "8899"))), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def build() -> None:
-    """The three images; layers that the engine has already are not built again."""
-    with wheels() as links:
-        given = {"PIP_CERT": str(CERTIFICATES)} if CERTIFICATES.exists() and links else {}
-        if links:
-            given |= {"PIP_FIND_LINKS": links, "TORCH_INDEX_URL": "https://pypi.org/simple"}
-        for name, file in IMAGES.items():
-            target = {"tools": "tools", "teacher-cpu": "cpu", "trainer-cpu": "trainer"}[name]
-            arguments = [word for key, value in given.items() for word in ("--build-arg", f"{key}={value}")]
-            tag = f"strong2weak-{name}"
-            run(
-                "docker",
-                "build",
-                "--network=host",
-                *arguments,
-                "-f",
-                f"docker/{file}",
-                "--target",
-                target,
-                "-t",
-                tag,
-                ".",
-            )
-
-
-class Stack:
-    """A project of Compose with ports of its own, and its two trainers' configuration."""
-
-    def __init__(self, folder: Path) -> None:
-        config = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
-        config["non_policy_distillation"] |= {"max_prompts": 96, "num_epochs": 1, "max_steps": 1}
-        config["policy_distillation"] |= {"max_steps": 120, "batch_size": 8, "gradient_accumulation_steps": 1}
-        config["evaluation"] |= {"problems": 8}
-        config["training"] |= {"logging_steps": 1, "save_steps": 40}
-        (folder / "config").mkdir(mode=0o755)
-        (folder / "config" / "demo.yaml").write_text(yaml.safe_dump(config))
-        self.grpc, self.http = free_port(), free_port()
-        self.folder = folder
-        self.env = {
-            "COMPOSE_PROJECT_NAME": f"strong2weak-test-{os.getpid()}",
-            "GRPC_PORT": str(self.grpc),
-            "HTTP_PORT": str(self.http),
-            "CONFIG": str(folder / "config"),
-            "SHM_SIZE": "64m",
-        }
-
-    def compose(self, *words: str, check: bool = True, **env: str) -> str:
-        """Runs docker compose on this project."""
-        command = compose_command()
-        assert command is not None
-        return run(*command, "--profile", "cpu", *words, env={**self.env, **env}, check=check)
-
-    def container(self, service: str) -> str:
-        """The id of a service's container."""
-        return self.compose("ps", "-aq", service).strip()
-
-    def inspect(self, container: str) -> dict[str, Any]:
-        """What the engine knows of a container."""
-        (found,) = json.loads(run("docker", "inspect", container))
-        return dict(found)
-
-    def file(self, service: str, path: str) -> Path:
-        """A copy of a file that only a service's volumes have."""
-        target = self.folder / path.strip("/").replace("/", "-")
-        target.write_text(self.compose("run", "--rm", "-T", "--entrypoint", "cat", service, path))
-        return target
-
-    def log(self, container: str) -> str:
-        """What a container has written."""
-        found = subprocess.run(["docker", "logs", container], capture_output=True, text=True, check=True)
-        return found.stdout + found.stderr
+EMPTY_MASK = "0" * 16
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +47,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         found.compose("up", "--no-build", "--detach", "--wait", "teacher-cpu")
         yield found
     finally:
+        for container in found.everybody():
+            subprocess.run(["docker", "rm", "--force", container], capture_output=True, check=False)
         found.compose("down", "--volumes", "--timeout", "5", check=False)
 
 
@@ -151,21 +62,33 @@ def key(stack: Stack) -> Path:
     return stack.file("keys", "/keys-of-clients/trainer/key")
 
 
-def test_the_teacher_has_a_user_without_rights_and_a_root_that_cannot_be_written(stack: Stack) -> None:
-    teacher = stack.container("teacher-cpu")
-    found = stack.inspect(teacher)
+def check_confined(stack: Stack, container: str, user: str = "10001:10001") -> None:
+    """No rights, no way to some, and a root file system that cannot be written."""
+    found = stack.inspect(container)
     host = found["HostConfig"]
-    assert found["State"]["Health"]["Status"] == "healthy"
+    assert found["Config"]["User"] == user
     assert (host["ReadonlyRootfs"], host["CapDrop"], host["Privileged"]) == (True, ["ALL"], False)
     assert host["SecurityOpt"] == ["no-new-privileges:true"]
-    assert {b["HostIp"] for ports in host["PortBindings"].values() for b in ports} == {"127.0.0.1"}
+    assert {b["HostIp"] for ports in (host["PortBindings"] or {}).values() for b in ports} <= {"127.0.0.1"}
+    assert SECRET not in json.dumps(found)
+
+
+def test_the_teacher_has_a_user_without_rights_and_a_root_that_cannot_be_written(stack: Stack) -> None:
+    teacher = stack.container("teacher-cpu")
+    check_confined(stack, teacher)
+    found = stack.inspect(teacher)
+    assert found["State"]["Health"]["Status"] == "healthy"
+    assert (found["HostConfig"]["ShmSize"], found["Config"]["StopTimeout"]) == (64 << 20, 150)
     mounts = {mount["Destination"]: mount["RW"] for mount in found["Mounts"]}
     assert mounts == {"/cache": True, "/keys": False, "/tls": False, "/run/secrets/hf_token": False}
+    (cache,) = [mount for mount in found["Mounts"] if mount["Destination"] == "/cache"]
+    assert (cache["Type"], cache["Name"]) == ("volume", f"{stack.name}_cache")
     assert run("docker", "exec", teacher, "id", "-u").strip() == "10001"
+    assert run("docker", "exec", teacher, "cat", "/run/secrets/hf_token") == SECRET
     status = run("docker", "exec", teacher, "cat", "/proc/1/status", "/proc/self/status")
-    assert [line.split()[1] for line in status.splitlines() if line.startswith("CapEff")] == ["0" * 16] * 2
+    assert [line.split()[1] for line in status.splitlines() if line.startswith("CapEff")] == [EMPTY_MASK] * 2
     assert [line.split()[1] for line in status.splitlines() if line.startswith("NoNewPrivs")] == ["1"] * 2
-    for place in ("/file", "/keys/file", "/opt/venv/file"):
+    for place in ("/file", "/keys/file", "/opt/venv/file", "/opt/code/file"):
         refused = subprocess.run(
             ["docker", "exec", teacher, "touch", place], capture_output=True, text=True, check=False
         )
@@ -185,114 +108,179 @@ def test_both_ports_want_tls_and_a_key(stack: Stack, ca: Path, key: Path) -> Non
         assert teacher.generate([Prompt(text="1+1=")], Sampling(4, seed=1))
 
 
-def test_no_key_is_in_a_log_or_an_image(stack: Stack, key: Path) -> None:
-    secret = key.read_text().strip()
-    for service in ("keys", "tls", "teacher-cpu"):
-        assert secret not in stack.log(stack.container(service))
-    named = "find / -xdev ( -name *.key -o -name key -o -name .env ) -type f -size +0"
+def test_the_engine_is_asked_for_gpus_and_for_the_time_that_a_load_takes(stack: Stack) -> None:
+    stack.compose("create", "--no-build", "teacher", TEACHER_IMAGE="strong2weak-teacher-cpu")
+    try:
+        found = stack.inspect(stack.container("teacher"))
+        (asked,) = found["HostConfig"]["DeviceRequests"]
+        assert (asked["Driver"], asked["Count"], asked["Capabilities"]) == ("nvidia", -1, [["gpu"]])
+        assert found["Config"]["Healthcheck"]["StartPeriod"] == 2 * 3600 * 10**9
+    finally:
+        stack.compose("rm", "--force", "teacher")
+
+
+def test_no_secret_is_in_an_image(stack: Stack, key: Path) -> None:
+    names = [word for name in ("*.key", "key", ".env", "teacher-keys.json") for word in ("-o", "-name", name)]
     for name in IMAGES:
-        options = ["--rm", "--network=none", "--user=0", "--entrypoint", "find", f"strong2weak-{name}"]
-        assert not run("docker", "run", *options, *named.split()[1:]).split()
-        assert "Bearer" not in run("docker", "history", "--no-trunc", f"strong2weak-{name}")
+        image = f"strong2weak-{name}"
+        inside = ["docker", "run", "--rm", "--network=none", "--user=0", "--entrypoint"]
+        assert not run(*inside, "find", image, "/", "-xdev", "(", *names[1:], ")", "-type", "f", "-size", "+0").split()
+        places = ["/app", "/opt/code", "/home", "/root", "/etc", "/usr/local", "/src", "/models"]
+        found = subprocess.run(
+            [*inside, "grep", image, "-rlE", "BEGIN( EC| RSA)? PRIVATE KEY", *places], capture_output=True, text=True
+        )
+        assert found.stdout == ""
+        told = run("docker", "history", "--no-trunc", image) + json.dumps(stack.inspect(image)["Config"])
+        assert not re.search(r"Bearer|hf_[A-Za-z0-9]{20}|PASSWORD|PRIVATE KEY|://[^/\s]*:[^/\s]*@", told)
 
 
-def test_prometheus_scrapes_the_teacher_and_answers_the_board(stack: Stack, ca: Path) -> None:
-    prometheus = shutil.which("prometheus")
-    if prometheus is None:
-        pytest.skip("no prometheus here (apt-get install prometheus); its image is not run by the tests")
-    config = yaml.safe_load((ROOT / "docker" / "prometheus" / "prometheus.yml").read_text())
-    (scrape,) = config["scrape_configs"]
-    scrape["authorization"]["credentials_file"] = str(stack.file("keys", "/keys-of-clients/prometheus/key"))
-    scrape["tls_config"]["ca_file"] = str(ca)
-    del scrape["dns_sd_configs"]
-    scrape["static_configs"] = [{"targets": [f"127.0.0.1:{stack.http}"]}]
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(ROOT / "docker" / "prometheus" / "rules.yml")]
-    file = stack.folder / "prometheus.yml"
-    file.write_text(yaml.safe_dump(config))
-    port = free_port()
-    options = [f"--config.file={file}", f"--storage.tsdb.path={stack.folder / 'tsdb'}"]
-    server = subprocess.Popen(
-        [prometheus, *options, f"--web.listen-address=127.0.0.1:{port}"], stderr=subprocess.DEVNULL
-    )
+def test_certificates_are_renewed_while_a_teacher_runs_and_it_takes_them_in(stack: Stack, ca: Path) -> None:
+    context = ssl.create_default_context(cafile=str(ca))
+    context.check_hostname = False
 
-    def ask(expression: str) -> list[Any]:
-        answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression}).json()
+    def names() -> set[str]:
+        plain = socket.create_connection(("127.0.0.1", stack.http), timeout=10)
+        with context.wrap_socket(plain, server_hostname="localhost") as tls:
+            return {value for _, value in (tls.getpeercert() or {})["subjectAltName"]}
+
+    assert "elsewhere" not in names()
+    stack.compose("up", "--no-build", "--detach", "certificates", profile="tls", TLS_NAMES="DNS:elsewhere")
+    wait_for(lambda: "elsewhere" in names())
+    keeper = stack.container("certificates")
+    check_confined(stack, keeper)
+    assert stack.inspect(keeper)["State"]["Running"]
+    stack.compose("stop", "certificates", profile="tls")
+    assert stack.inspect(keeper)["State"]["ExitCode"] == 0, "it ends as it is told to, not ten seconds later by force"
+    options = ["--detach", "--no-deps", "-e", "RENEW_S=1", "--name", f"{stack.name}-keeper"]
+    stack.compose("run", *options, "certificates", profile="tls", TLS_NAMES="DNS:elsewhere")
+    wait_for(lambda: stack.log(f"{stack.name}-keeper").count("for more than a month") >= 3)
+    run("docker", "rm", "--force", f"{stack.name}-keeper")
+
+
+class Prometheus:
+    """What a Prometheus answers."""
+
+    def __init__(self, port: int) -> None:
+        self._url = f"http://127.0.0.1:{port}/api/v1"
+
+    def ask(self, expression: str) -> list[Any]:
+        """The series of an expression; none while it does not answer."""
+        try:
+            answer = httpx.get(f"{self._url}/query", params={"query": expression}).json()
+        except httpx.TransportError:
+            return []
         assert answer["status"] == "success", answer
         return list(answer["data"]["result"])
 
-    def scraped() -> bool:
-        assert server.poll() is None
-        try:
-            return bool(ask('up{job="teacher"} == 1 and teacher_ready == 1'))
-        except httpx.TransportError:
-            return False
-
-    try:
-        wait_for(scraped, 60)
-        board = json.loads((ROOT / "docker" / "grafana" / "boards" / "teacher.json").read_text())
-        for panel in board["panels"]:
-            for target in panel["targets"]:
-                ask(target["expr"].replace("$__rate_interval", "1m"))
-        rules = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"]
-        assert len(rules) == 1
-        assert not [rule for rule in rules[0]["rules"] if rule["health"] == "err"]
-    finally:
-        server.terminate()
-        server.wait(30)
+    def alerts(self) -> list[Any]:
+        """All alerts, as rules that are looked at."""
+        groups = httpx.get(f"{self._url}/rules").json()["data"]["groups"]
+        return [rule for group in groups for rule in group["rules"]]
 
 
-def test_two_trainers_outlive_a_teacher_that_is_killed(stack: Stack) -> None:
-    names = ["first", "second"]
-    for name in names:
-        stack.compose(
-            "run", "--no-deps", "-d", "--name", f"{stack.env['COMPOSE_PROJECT_NAME']}-{name}", "trainer-cpu", RUN=name
-        )
-    trainers = [f"{stack.env['COMPOSE_PROJECT_NAME']}-{name}" for name in names]
+@pytest.fixture(scope="module")
+def prometheus(stack: Stack) -> Prometheus:
+    """The service `prometheus` with this machine's program in its image."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.skip("no prometheus here (apt-get install prometheus); its own image is not run by the tests")
+    build_prometheus(stack.folder, binary)
+    stack.compose("up", "--no-build", "--detach", "prometheus", profile="obs")
+    return Prometheus(stack.prometheus)
+
+
+def test_two_trainers_outlive_a_teacher_that_is_killed_and_prometheus_sees_all(
+    stack: Stack, prometheus: Prometheus
+) -> None:
+    trainers = {name: f"{stack.name}-{name}" for name in ("first", "second")}
+    options = ["--no-deps", "--use-aliases", "--detach", "--name"]
+    for name, container in trainers.items():
+        stack.compose("run", *options, container, "trainer-cpu", RUN=name)
 
     def training() -> bool:
-        for trainer in trainers:
-            assert stack.inspect(trainer)["State"]["Running"], stack.log(trainer)[-3000:]
-        return all("stage 2, on-policy step 1/" in stack.log(trainer) for trainer in trainers)
+        for container in trainers.values():
+            assert stack.inspect(container)["State"]["Running"], stack.log(container)[-3000:]
+        return all("stage 2, on-policy step 1/" in stack.log(container) for container in trainers.values())
+
+    def seen() -> bool:
+        training()
+        runs = {series["metric"]["run"] for series in prometheus.ask('trainer_step{stage="policy"} >= 1')}
+        return runs == set(trainers) and bool(prometheus.ask('up{job="teacher"} == 1 and teacher_ready == 1'))
+
+    wait_for(training, RUN_S)
+    for container in trainers.values():
+        check_confined(stack, container)
+    wait_for(seen, 120)
+    check_confined(stack, stack.container("prometheus"), user="65534")
+    for panel in board()["panels"]:
+        for target in panel.get("targets", []):
+            prometheus.ask(target["expr"].replace("$__rate_interval", "1m").replace("$run", ".*"))
+    assert len(prometheus.alerts()) > 10
+    assert not [rule for rule in prometheus.alerts() if rule["health"] == "err"]
+
+    teacher = stack.container("teacher-cpu")
+    run("docker", "kill", teacher)
+    time.sleep(3)
+    assert all(stack.inspect(container)["State"]["Running"] for container in trainers.values())
+    run("docker", "start", teacher)
+    for container in trainers.values():
+        code = subprocess.run(["docker", "wait", container], capture_output=True, text=True, timeout=RUN_S, check=True)
+        assert code.stdout.strip() == "0", stack.log(container)[-3000:]
+    models = [f"/outputs/{name}/policy_distillation/final_policy_model/config.json" for name in trainers]
+    stack.compose("run", "--rm", "--no-deps", "-T", "--entrypoint", "ls", "trainer-cpu", *models)
+
+
+def test_a_trainer_begins_when_its_teacher_is_healthy(stack: Stack) -> None:
+    cpu = {f"{who}_IMAGE": f"strong2weak-{who.lower()}-cpu" for who in ("TEACHER", "TRAINER")}
+    cpu |= {"TEACHER_BACKEND": "transformers", "TEACHER_MODEL": "/models/tiny_teacher"}
+    cpu |= {"GRPC_PORT": str(free_port()), "HTTP_PORT": str(free_port())}
+    cpu |= {"TRAINER_CONFIG": "config/demo.yaml", "RUN": "third"}
+    files = ["--file", "docker-compose.yml", "--file", str(stack.folder / "without-gpus.yml")]
+
+    def compose(*words: str) -> str:
+        return stack.compose(*files, *words, profile="trainer", **cpu)
 
     try:
-        wait_for(training, RUN_S)
-        teacher = stack.container("teacher-cpu")
-        run("docker", "kill", teacher)
-        time.sleep(3)
-        assert all(stack.inspect(trainer)["State"]["Running"] for trainer in trainers)
-        run("docker", "start", teacher)
-        for trainer in trainers:
-            code = subprocess.run(
-                ["docker", "wait", trainer], capture_output=True, text=True, timeout=RUN_S, check=True
-            )
-            assert code.stdout.strip() == "0", stack.log(trainer)[-3000:]
-            assert stack.inspect(trainer)["Config"]["User"] == "10001:10001"
-        models = [f"/outputs/{name}/policy_distillation/final_policy_model/config.json" for name in names]
-        stack.compose("run", "--rm", "--no-deps", "-T", "--entrypoint", "ls", "trainer-cpu", *models)
+        compose("up", "--no-build", "--detach", "teacher", "trainer")
+        teacher, trainer = (compose("ps", "-aq", name).strip() for name in ("teacher", "trainer"))
+        health = stack.inspect(teacher)["State"]["Health"]
+        healthy = next(test["End"] for test in health["Log"] if test["ExitCode"] == 0)
+        assert stack.inspect(trainer)["State"]["StartedAt"] > healthy
+        wait_for(lambda: "fingerprint" in stack.log(trainer), RUN_S)
+        compose("stop", "--timeout", "60", "trainer")
     finally:
-        for trainer in trainers:
-            subprocess.run(["docker", "rm", "--force", trainer], capture_output=True, check=False)
+        compose("rm", "--force", "--stop", "teacher", "trainer")
 
 
 def test_a_teacher_that_is_stopped_ends_its_calls_first(stack: Stack, ca: Path, key: Path) -> None:
     stack.compose("up", "--no-build", "--detach", "--wait", "teacher-cpu")
     teacher = stack.container("teacher-cpu")
-    credentials = Credentials(str(key), str(ca))
-    with connect(f"grpcs://127.0.0.1:{stack.grpc}", credentials=credentials) as client, ThreadPoolExecutor(1) as pool:
-        prompts = [Prompt(text=f"{number}+1=") for number in range(512)]
-        call = pool.submit(client.generate, prompts, Sampling(100, seed=1, temperature=1.0))
-        context = ssl.create_default_context(cafile=str(ca))
-        headers = {
-            "Authorization": f"Bearer {stack.file('keys', '/keys-of-clients/prometheus/key').read_text().strip()}"
-        }
-
-        def in_flight() -> bool:
-            text = httpx.get(f"https://127.0.0.1:{stack.http}/metrics", verify=context, headers=headers).text
-            return bool(re.search(r'^teacher_in_flight{method="generate"} [1-9]', text, re.MULTILINE))
-
-        wait_for(in_flight)
-        run("docker", "stop", "--time", "150", teacher)
-        assert len(call.result(30)) == 512
+    headers = {"Authorization": f"Bearer {stack.read('keys', '/keys-of-clients/prometheus/key').strip()}"}
+    context = ssl.create_default_context(cafile=str(ca))
+    pattern = re.compile(r'^teacher_in_flight{method="generate"} [1-9]', re.MULTILINE)
+    prompts = [Prompt(text=f"{number}+1=") for number in range(128)]
+    with (
+        connect(f"grpcs://127.0.0.1:{stack.grpc}", credentials=Credentials(str(key), str(ca))) as client,
+        httpx.Client(base_url=f"https://127.0.0.1:{stack.http}", verify=context, headers=headers) as watch,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        call = pool.submit(client.generate, prompts, Sampling(60, seed=1, temperature=1.0))
+        wait_for(lambda: pattern.search(watch.get("/metrics").text))
+        stack.compose("stop", "teacher-cpu")
+        assert len(call.result(30)) == len(prompts)
     state = stack.inspect(teacher)["State"]
     assert (state["ExitCode"], state["OOMKilled"]) == (0, False)
+    log = stack.log(teacher)
+    assert re.search(r"draining [1-9]\d* calls.*generate of trainer: OK", log, re.DOTALL), log[-2000:]
+
+
+def test_no_secret_is_in_a_log(stack: Stack, key: Path) -> None:
+    secrets = [SECRET, key.read_text().strip(), stack.read("keys", "/keys-of-clients/prometheus/key").strip()]
+    secrets.append(stack.read("keys", "/keys-of-clients/grafana/password").strip())
+    assert all(len(secret) > 20 for secret in secrets)
+    containers = stack.everybody()
+    assert len(containers) >= 6
+    for container in containers:
+        log = stack.log(container)
+        assert not [secret for secret in secrets if secret in log]
+        assert "PRIVATE KEY" not in log
