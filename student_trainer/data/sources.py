@@ -32,7 +32,8 @@ class Source:
 def open_source(source: str, data: Data, shuffle: int | None = None) -> Source:
     """A source whose rows are read as far as they are asked for. `shuffle` is a seed for the order of its shards."""
     if source.startswith(tasks.PREFIX):
-        return Source(tasks.rows(source), Format("prompts", "question", "answer"), "task", ("task", "metadata"))
+        form = Format("prompts", "question", "answer")
+        return Source(tasks.rows(source), form, "task", ("task", "options", "metadata"))
     form = Format(data.format, data.prompt_column, data.answer_column)
     others = {data.domain_column, *data.metadata_columns}
 

@@ -1,7 +1,8 @@
 """Problems of reasoning-gym's tasks: `reasoning-gym:chain_sum,gcd?size=500&seed=1&chain_sum.max_terms=3`.
 
 Each is made by the package from task, options, size and seed alone, and carries what its scorer needs (see
-verifiers). Comes with `pip install 'strong2weak[reasoning-gym]'`.
+verifiers). Problem i of most tasks is a function of seed + i: seeds nearer than the size share problems. The package
+comes with `pip install 'strong2weak[reasoning-gym]'`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ SIZE, SEED = 500, 0
 
 
 def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each problem with its place: `question`, `answer` (None where a task has no single one), `task`, `metadata`.
+    """Each problem with its place: `question`, `answer` (None where a task has no single one), `task`, `options`,
+    `metadata`.
 
     Tasks take turns. A question that comes again is left out, so that no two parts of the rows share one; `size` counts
     before that.
@@ -32,7 +34,7 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, entry in zip(names, turn, strict=True):
             if entry is not None and entry["question"] not in seen:
                 seen.add(entry["question"])
-                yield f"{PREFIX}{name}, problem {number}", {**entry, "task": name}
+                yield f"{PREFIX}{name}, problem {number}", {**entry, "task": name, "options": options[name]}
 
 
 def _parse(source: str) -> tuple[list[str], int, dict[str, dict[str, Any]]]:
