@@ -18,6 +18,8 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import memory_tables
+
 NOTICE = "<!-- Written by docs/generate.py from the code; edit the docstrings there. -->\n\n"
 
 
@@ -174,7 +176,7 @@ def api_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"docs/configuration.md": configuration_page, "docs/api.md": api_page}
+PAGES = {"docs/configuration.md": configuration_page, "docs/api.md": api_page, **memory_tables.pages()}
 
 
 def stale() -> list[str]:

@@ -1,11 +1,13 @@
 """The command line of the trainer: flags, configuration, one line for every error that a user can mend.
 
-It imports torch only once there is something to run, so that --help and --dry-run answer at once. The run is run.py.
+It imports torch only once there is something to run, so that --help and --dry-run answer at once. The run is run.py;
+commands beside it are modules with a `main`, named in COMMANDS.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -16,13 +18,19 @@ from pathlib import Path
 from typing import Any
 
 STAGES = ("all", "non_policy", "policy", "test")
+COMMANDS = {
+    "export": ("student_trainer.export", "merge adapters and write a folder with whole weights"),
+    "memory": ("student_trainer.commands.memory", "estimate the memory of the student's and the teacher's GPUs"),
+}
+"""Module and purpose of each command; `python -m student_trainer NAME --help` says more."""
 EPILOG = """\
 Settings: section.key=value on the command line over STRONG2WEAK_SECTION__KEY in the environment over the file over
 defaults, for example policy_distillation.learning_rate=1e-5 or STRONG2WEAK_DATA__MAX_LENGTH=1024.
 Exit status: 0 done, 1 an error that you can mend (one line says how), 2 a wrong command line, 130 interrupted
 (Ctrl-C), 143 stopped by SIGTERM. While a stage trains, either saves a checkpoint first; a second one stops at once.
 
-`python -m student_trainer export SOURCE TARGET` merges adapters and writes a folder with whole weights."""
+Commands, each with a --help of its own:
+""" + "\n".join(f"  python -m student_trainer {name:9} {purpose}" for name, (_, purpose) in COMMANDS.items())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -72,8 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
-    if given[:1] == ["export"]:
-        return _export(given[1:])
+    if given and given[0] in COMMANDS:
+        return _command(given[0], given[1:])
     options = make_parser().parse_intermixed_args(given)
     if isinstance(options.resume, str) and "=" in options.resume and not Path(options.resume).exists():
         options.settings.insert(0, options.resume)  # `--resume section.key=value`
@@ -100,13 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _export(arguments: Sequence[str]) -> int:
-    from student_trainer import export
-
+def _command(name: str, arguments: Sequence[str]) -> int:
+    """Runs a command beside training; the same errors and exit statuses."""
     try:
-        return export.main(arguments)
+        signal.signal(signal.SIGTERM, _interrupt)
+        status: int = importlib.import_module(COMMANDS[name][0]).main(arguments)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - as in `main`
         return _report(error, Path("distillation.log"))
+    return status
 
 
 def _run(config: Any, stage: str, pretrained_student: str | None) -> None:

@@ -148,7 +148,7 @@ def from_config(name: str, config: dict[str, Any]) -> Shape:
     text = config.get("text_config") or config
     try:
         heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
-        experts = int(text.get("num_experts") or 0)
+        experts = int(text.get("num_experts") or text.get("num_local_experts") or 0)
         kind = str(text.get("model_type", ""))
         return Shape(
             name,

@@ -145,9 +145,10 @@ def sampling_bytes(shape: Shape, setup: Setup, *, training: bool = True) -> tupl
     # Under autocast float32 weights give values in 16 bits; keys leave their norm in float32.
     each = shape.layers * shape.keys * (4.0 if size == 2 else 6.0 if autocast else 8.0)
     # A step reads keys and values repeated for every query head, one layer at a time.
-    step = 2.0 * (2 if autocast else size) * shape.queries * setup.slots * setup.sampled_length
+    narrow = 2 if autocast else size
+    step = 2.0 * narrow * shape.queries * setup.slots * setup.sampled_length
     prompts = min(PREFILL_TOKENS, setup.slots * max(setup.sampled_length - setup.completion, 1))
-    reading = prompts * (each + size * (6 * shape.hidden + 3 * shape.mlp))
+    reading = prompts * (each + 5 * size * shape.hidden + 3 * narrow * shape.mlp)
     return each * setup.slots * setup.sampled_length, max(step, reading)
 
 

@@ -18,8 +18,8 @@ WEIGHT_BYTES: dict[str, float] = {"bfloat16": 2.0, "fp8": 1.0, "int4": 0.53}
 """Bytes of a weight of the layers' matrices; int4 with a 16-bit scale and zero point for each 128."""
 BATCHED_TOKENS = 8192
 """Tokens of one forward pass: vLLM's max_num_batched_tokens on large GPUs."""
-READOUT_ROWS = 1024
-"""Positions whose logits are read out at once."""
+READOUT_ROWS = 2048
+"""Positions whose logits are read out at once, in float32."""
 ENGINE_BYTES = 2.0 * GIB
 """What CUDA, NCCL and captured graphs take beside that; assumed, not measured."""
 UTILIZATION = 0.90
@@ -48,20 +48,20 @@ def weight_bytes(shape: Shape, form: str) -> float:
     return WEIGHT_BYTES[form] * shape.linear_weights + 2.0 * (shape.weights - shape.linear_weights)
 
 
-def teacher_memory(shape: Shape, form: str = "bfloat16", gpus: int = 0, gpu_bytes: float = 80e9) -> TeacherEstimate:
-    """The estimate for `gpus` GPUs of `gpu_bytes`; 0 takes the fewest of 1, 2, 4, 8, ... whose weights leave a quarter.
+def teacher_memory(shape: Shape, form: str = "bfloat16", gpus: int = 0, gpu_bytes: float = 80 * GIB) -> TeacherEstimate:
+    """The estimate for `gpus` GPUs of `gpu_bytes`; 0 takes the fewest of 1, 2, 4, 8, ... whose weights leave some room.
 
     Keys and values are split over min(gpus, kv_heads) GPUs and repeated on the others.
     """
     if gpus == 0:
         gpus = 1
-        while weight_bytes(shape, form) / gpus > 0.75 * UTILIZATION * gpu_bytes and gpus < 1024:
+        while weight_bytes(shape, form) / gpus > 0.85 * UTILIZATION * gpu_bytes and gpus < 1024:
             gpus *= 2
     wide = max(4 * shape.hidden, 3 * shape.mlp // gpus, (shape.queries + 2 * shape.keys) // gpus)
     parts = {
         "weights": weight_bytes(shape, form) / gpus,
         "activations of a batch": 2.0 * BATCHED_TOKENS * (3 * shape.hidden + wide),
-        "log-probabilities": 6.0 * READOUT_ROWS * shape.vocab,
+        "log-probabilities": 4.5 * READOUT_ROWS * shape.vocab / gpus,
         "CUDA, NCCL, graphs (assumed)": ENGINE_BYTES,
     }
     each = 2 * 2.0 * shape.layers * shape.keys / min(gpus, shape.kv_heads)
