@@ -18,7 +18,7 @@ from pydantic import BaseModel
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import memory_tables
+import memory_tables  # noqa: E402
 
 NOTICE = "<!-- Written by docs/generate.py from the code; edit the docstrings there. -->\n\n"
 
