@@ -74,7 +74,8 @@ def joinable(cache: DynamicCache) -> bool:
 def select(cache: DynamicCache, rows: Tensor, skip: int = 0) -> None:
     """Keeps int64[rows] of the batch, in that order, repeats allowed, without the first `skip` positions."""
     for layer in cache.layers:
-        layer.replace(layer.keys[rows][:, :, skip:], layer.values[rows][:, :, skip:])
+        here = rows.to(layer.keys.device)  # a model over several GPUs keeps each layer's part on its own
+        layer.replace(layer.keys[here][:, :, skip:], layer.values[here][:, :, skip:])
 
 
 def join(cache: DynamicCache, other: DynamicCache) -> int:

@@ -147,7 +147,7 @@ class SamplingLoop:
         index = torch.tensor(source, device=self._device)
         if len(rows) > len(prompts):
             kv_cache.select(cache, index)
-        tokens = self._draw(rows, self._features.head(last)[index], outbox)
+        tokens = self._draw(rows, self._features.head(last).to(self._device)[index], outbox)
         if self._rows:
             self._keep([i for i, row in enumerate(self._rows) if not row.ended])
         if self._rows:

@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from teacher_server.backends.model_files import weight_files
 from teacher_server.backends.options import BackendOptions
 
 _LOG = logging.getLogger(__name__)
 _LOADING = threading.Lock()
 """transformers swaps functions of its classes while it loads; two loads at once leave weights untied for good."""
+ALONE = 0.6
+"""Share of a GPU's memory that weights may take on it alone; keys, values and activations need the rest."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,7 +73,8 @@ def load(folder: Path, options: BackendOptions) -> LoadedModel:
     if options.quantization != "none":
         arguments["quantization_config"] = _bitsandbytes(options.quantization, dtype)
     if device.type == "cuda":
-        arguments["device_map"] = "auto" if torch.cuda.device_count() > 1 else {"": 0}
+        one = torch.cuda.device_count() == 1 or _fits_first(folder, config, dtype)
+        arguments["device_map"] = {"": 0} if one else "auto"
     elif options.quantization != "none":
         arguments["device_map"] = {"": "cpu"}
     try:
@@ -131,6 +135,14 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda was asked for, but PyTorch sees no CUDA GPU; use --device cpu or auto")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def _fits_first(folder: Path, config: Any, dtype: torch.dtype) -> bool:
+    """Whether the weights take less than ALONE of the first GPU's free memory: then the others only slow it down."""
+    own = getattr(config, "dtype", None)
+    wider = dtype.itemsize / own.itemsize if isinstance(own, torch.dtype) else 1.0
+    taken = wider * sum(file.stat().st_size for file in weight_files(folder))
+    return taken < ALONE * torch.cuda.mem_get_info(0)[0]
 
 
 def _dtype(name: str, config: Any, device: torch.device) -> torch.dtype:
