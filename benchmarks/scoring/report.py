@@ -175,7 +175,8 @@ def text(result: Result) -> str:
     lines += [*bars_table(result), ""]
     if found := notes(result):
         lines += [*found, ""]
-    return "\n".join([*lines, "```bash", result["command"], "```", ""])
+    said = "<!-- not run: the command that was measured -->"
+    return "\n".join([*lines, said, "```bash", result["command"], "```", ""])
 
 
 def with_results(page: str, results: Sequence[Result]) -> str:

@@ -74,7 +74,7 @@ def text(result: Result) -> str:
             f"**The machine was shared**: others took {found['others_cores']:.1f} of its {found['cores']} cores"
             " meanwhile, so times and rates are worse than they would be."
         )
-    lines += ["", "```bash", result["command"], "```", ""]
+    lines += ["", "<!-- not run: the command that was measured -->", "```bash", result["command"], "```", ""]
     for name, server in result["servers"].items():
         call, memory = server["call"], server["memory"]
         lines += [

@@ -1,106 +1,58 @@
-"""The README's examples run as written, against a live server with the embedded teacher."""
+"""What the README's calls answer: its server, asked as the README asks it."""
+
+from __future__ import annotations
 
 import json
-import os
-import re
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.servers import process
+from tests.docs.desk import Desk
+from tests.docs.examples import Example, examples
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text()
-GRPC_PORT, HTTP_PORT = 50051, 8000
-
-
-def blocks(language: str) -> list[str]:
-    """The code blocks of one language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+BLOCKS = examples("README.md")
 
 
-def port_or_free(port: int) -> int:
-    """`port` where nobody listens on it, else a free one, so that a busy desk can run the tests too."""
-    for wanted in (port, 0):
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                s.bind(("127.0.0.1", wanted))
-            except OSError:
-                continue
-            return int(s.getsockname()[1])
-    raise AssertionError("no free port")
+@pytest.fixture
+def readme(desk: Desk) -> Desk:
+    """The README's server runs."""
+    (server,) = [e for e in BLOCKS if e.how == "serves"]
+    desk.serve(server)
+    return desk
 
 
-@pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, int]]:
-    """The README's server command; yields which port stands for which of the README's."""
-    commands = [
-        line for block in blocks("bash") for line in block.splitlines() if "-m teacher_server --model tiny_pair" in line
-    ]
-    assert len(commands) == 1
-    ports = {GRPC_PORT: port_or_free(GRPC_PORT), HTTP_PORT: port_or_free(HTTP_PORT)}
-    words = [*commands[0].split()[3:], "--grpc-port", str(ports[GRPC_PORT]), "--http-port", str(ports[HTTP_PORT])]
-    with process(tmp_path_factory.mktemp("readme"), *words) as (server, _):
-        yield ports
-    assert server.returncode == 0
+def block(containing: str) -> Example:
+    """The one block with these words."""
+    (found,) = [e for e in BLOCKS if containing in e.text]
+    return found
 
 
-def as_written(text: str, ports: dict[int, int]) -> str:
-    """An example, with its ports replaced only where the default ones were taken."""
-    for port, actual in ports.items():
-        text = text.replace(f":{port}", f":{actual}")
-    return text
-
-
-def run_curl(text: str, ports: dict[int, int]) -> dict[str, object]:
-    run = subprocess.run(["bash", "-c", as_written(text, ports)], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 0, run.stderr
-    answer = json.loads(run.stdout)
+def asked(desk: Desk, route: str) -> dict[str, Any]:
+    answer = json.loads(desk.run(block(f"curl -s http://127.0.0.1:8000{route}")))
     assert isinstance(answer, dict)
     return answer
 
 
-def curl_block(path: str) -> str:
-    found = [b for b in blocks("bash") if "curl" in b and path in b]
-    assert len(found) == 1, path
-    return found[0]
-
-
-def test_curl_teacher(live: dict[int, int]) -> None:
-    answer = run_curl(curl_block("/v1/teacher"), live)
+def test_curl_teacher(readme: Desk) -> None:
+    answer = asked(readme, "/v1/teacher")
     assert answer["vocab_size"]
     assert answer["fingerprint"]
 
 
-def test_curl_score(live: dict[int, int]) -> None:
-    answer = run_curl(curl_block("/v1/score"), live)
-    sequences = answer["sequences"]
-    assert isinstance(sequences, list)
-    first = sequences[0]
+def test_curl_score(readme: Desk) -> None:
+    first = asked(readme, "/v1/score")["sequences"][0]
     assert len(first["top_token_ids"][0]) == 3
     assert len(first["tail_logprob"][0]) == 2
     assert len(first["token_logprobs"]) == len(first["top_logprobs"])
 
 
-def test_curl_generate_answers_in_both_modes(live: dict[int, int]) -> None:
-    answer = run_curl(curl_block("/v1/generate"), live)
-    completions = answer["completions"]
-    assert isinstance(completions, list)
+def test_curl_generate_answers_in_both_modes(readme: Desk) -> None:
+    completions = asked(readme, "/v1/generate")["completions"]
     texts = [c["text"] for c in sorted(completions, key=lambda c: int(c["prompt_index"]))]
     assert "<think>" in texts[0]
     assert texts[0].strip().endswith("71")
     assert "<think>" not in texts[1]
 
 
-def test_python_example(live: dict[int, int]) -> None:
-    (example,) = blocks("python")
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", as_written(example, live)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=env)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip().startswith("[-")
+def test_python_example(readme: Desk) -> None:
+    assert readme.run(block("from student_trainer.teacher_client import connect")).strip().startswith("[-")
