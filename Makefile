@@ -35,12 +35,14 @@ help:
 demo: .venv/demo.stamp
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) main_distillation.py --config config/demo.yaml --stage all
 
+# A file's tests stay in one process, because they share their servers. PYTEST_WORKERS: number of processes.
 # PYTEST_ARGS: more arguments for pytest, for example "-k cache" or "--minutes 5".
+SPREAD = -n $${PYTEST_WORKERS:-auto} --maxprocesses 8 --dist loadfile
 test: .venv/dev.stamp
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 test-slow: .venv/dev.stamp
-	$(PY) -m pytest -m "slow and not vllm" --ignore tests/deployment/test_containers.py $(PYTEST_ARGS)
+	$(PY) -m pytest $(SPREAD) -m "slow and not vllm" --ignore tests/deployment/test_containers.py $(PYTEST_ARGS)
 
 test-containers: .venv/dev.stamp
 	$(PY) -m pytest -m slow tests/deployment/test_containers.py

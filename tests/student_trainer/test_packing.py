@@ -78,7 +78,7 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_rows(window: int | 
     padded = packing.set_up(model, False)
     torch.testing.assert_close(values, losses(padded, rows), rtol=1e-6, atol=1e-7)
     for name, slope in gradients(padded, rows).items():
-        assert (slopes[name] - slope).norm() <= 1e-6 * slope.norm(), name
+        assert (slopes[name] - slope).norm() <= 2e-6 * slope.norm(), name  # float32 sums in another order
 
 
 def test_packed_rows_take_part_in_autocast_as_padded_ones_do() -> None:
