@@ -133,6 +133,22 @@ def test_prometheus_looks_for_trainers_where_they_serve_their_numbers() -> None:
         assert "ports" not in SERVICES[name]
 
 
+def test_only_what_an_image_needs_goes_to_the_engine() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+    assert lines[0] == "*"
+    allowed = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    copied = set()
+    for file in DOCKER.glob("*.Dockerfile"):
+        for words in re.findall(r"^COPY (?!--from)(.*)$", file.read_text(), re.MULTILINE):
+            copied |= set(words.split()[:-1])
+    for path in copied:
+        assert any(Path(path).match(pattern) or path.split("/")[0] == pattern for pattern in (*allowed, "tiny_pair")), (
+            path
+        )
+    for secret in (".env", "keys", "outputs", "key", "teacher-keys.json", "distillation.log"):
+        assert not any(Path(secret).match(pattern) for pattern in allowed)
+
+
 def expressions() -> list[tuple[str, str]]:
     """(where, PromQL) of the board's panels and of the alerts."""
     found = [(panel["title"], target["expr"]) for panel in board()["panels"] for target in panel.get("targets", [])]
