@@ -23,10 +23,12 @@ from protos.scores import Sampling
 from . import distributed
 from .batches import Row, completion_ids
 from .checkpoints import Layout, off_policy_layout
+from .config import Config
+from .data import Example
 from .evaluation import Student, requests_for, response_row
 from .feed import MicroBatch
 from .modes import pair_with_modes
-from .responses import Response, collect, fitting, read, reuse
+from .responses import Request, Response, collect, fitting, read, reuse
 from .row_scores import RowScores
 from .schedule import Step
 from .score_store import Wait
@@ -80,12 +82,18 @@ def teacher_responses(session: Session, layout: Layout, tokenizer: Any) -> list[
     return sorted(kept, key=lambda r: (r.example_id, r.mode.value, r.sample))
 
 
+def wanted(config: Config, train: Sequence[Example], tokenizer: Any) -> tuple[list[Request], Sampling]:
+    """What to ask the teacher about training examples, and how it is to sample."""
+    options, seed = config.non_policy_distillation, config.training.seed
+    pairs = pair_with_modes(train[: options.max_prompts], options.modes, options.thinking_prob, seed)
+    requests = requests_for(tokenizer, pairs, config.data.max_length)
+    return requests, Sampling(options.max_new_tokens, options.response_temperature, options.response_top_p, seed=seed)
+
+
 def ask(session: Session, path: Path, tokenizer: Any) -> None:
     """Asks the teacher for every response that `path` does not hold yet."""
-    options, seed = session.config.non_policy_distillation, session.config.training.seed
-    pairs = pair_with_modes(session.train[: options.max_prompts], options.modes, options.thinking_prob, seed)
-    requests = requests_for(tokenizer, pairs, session.config.data.max_length)
-    sampling = Sampling(options.max_new_tokens, options.response_temperature, options.response_top_p, seed=seed)
+    options = session.config.non_policy_distillation
+    requests, sampling = wanted(session.config, session.train, tokenizer)
     total = len(requests) * options.samples_per_prompt
     started = time.monotonic()
     with session.reporter.progress("teacher answers training prompts", total) as update:

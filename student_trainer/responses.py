@@ -1,13 +1,15 @@
 """The teacher's responses as a Parquet dataset that people can read and reuse.
 
 A dataset is a folder of parts (`responses.parquet/part-00000.parquet`, readable as one with pandas, DuckDB or
-pyarrow) or one file. Parts are written while the responses arrive, so that an interrupted collection goes on where it
-was. Knows the teachers and the file format, nothing of training. Legend: P prompt tokens, R completion tokens.
+pyarrow) or one file. Parts are written while the responses arrive, and what is in none yet lies beside them
+(unfinished.py), so that an interrupted collection goes on where it was. Knows the teachers and the file format,
+nothing of training. Legend: P prompt tokens, R completion tokens.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +27,9 @@ from protos.scores import Completion, FinishReason, Ids, Message, Mode, Prompt, 
 from .asking import ask
 from .errors import UserError
 from .teachers import Teacher, Teachers, nobody
+from .unfinished import Journal, left_over
+
+log = logging.getLogger(__name__)
 
 PART_ROWS = 1024
 PART_SECONDS = 60.0
@@ -104,8 +109,7 @@ def _schema(origin: Origin) -> pa.Schema:
     return SCHEMA.with_metadata({f"strong2weak.{k}": v for k, v in vars(origin).items()})
 
 
-def _write_part(folder: Path, responses: Sequence[Response], origin: Origin) -> None:
-    """Appends one part; a reader sees all of it or nothing."""
+def _table(responses: Sequence[Response], origin: Origin) -> pa.Table:
     columns: dict[str, list[Any]] = {
         "example_id": [r.example_id for r in responses],
         "mode": [r.mode.value for r in responses],
@@ -119,10 +123,15 @@ def _write_part(folder: Path, responses: Sequence[Response], origin: Origin) -> 
         "teacher_fingerprint": [origin.fingerprint] * len(responses),
         "domain": [r.domain for r in responses],
     }
+    return pa.table(columns, schema=_schema(origin))
+
+
+def _write_part(folder: Path, table: pa.Table) -> None:
+    """Appends one part; a reader sees all of it or nothing."""
     folder.mkdir(parents=True, exist_ok=True)
     number = len(list(folder.glob("part-*.parquet")))
     temporary = folder / f".part-{number:05d}.tmp"
-    pq.write_table(pa.table(columns, schema=_schema(origin)), temporary)
+    pq.write_table(table, temporary)
     os.replace(temporary, folder / f"part-{number:05d}.parquet")
 
 
@@ -235,20 +244,25 @@ def collect(
 ) -> list[Response]:
     """The teachers' responses to every request, `samples` for each, asking only for what `folder` does not hold yet.
 
-    `progress(done, total, tokens)` is called as they arrive. What arrived is on disk after at most PART_SECONDS; a part
-    holds responses of one teacher. The order of the result is that of `requests`, whatever the order of arrival.
+    `progress(done, total, tokens)` is called as they arrive. What arrived is kept at once, and in a part after at most
+    PART_SECONDS; a part holds responses of one teacher. Where some of a prompt's samples are there, the others are
+    drawn with another seed. The order of the result is that of `requests`, whatever the order of arrival.
     """
     origins = {t.info.fingerprint: Origin.of(t.info, sampling) for t in teachers.all}
     asked = [teachers.of(r.mode, r.domain) for r in requests]
     known = _known(folder, origins, dict(zip(map(_key, requests), asked, strict=True)))
     wanted = [(*_key(r), s) for r in requests for s in range(samples)]
-    todo = [i for i, r in enumerate(requests) if any((*_key(r), s) not in known for s in range(samples))]
+    missing: dict[tuple[int, ...], list[int]] = {}
+    for i, r in enumerate(requests):
+        if lacks := tuple(s for s in range(samples) if (*_key(r), s) not in known):
+            missing.setdefault(lacks, []).append(i)
     waiting: dict[str, list[Response]] = {f: [] for f in origins}
+    journals = {f: Journal(folder, f"unfinished-{i}", _schema(o)) for i, (f, o) in enumerate(origins.items())}
     tokens, written = 0, time.monotonic()
 
-    def keep(place: int, sample: int, completion: Completion) -> None:
+    def keep(request: Request, sample: int, completion: Completion) -> None:
         nonlocal tokens, written
-        request, fingerprint = requests[todo[place]], asked[todo[place]].info.fingerprint
+        fingerprint = teachers.of(request.mode, request.domain).info.fingerprint
         response = Response(
             **vars(request),
             sample=sample,
@@ -260,6 +274,7 @@ def collect(
         if known.setdefault((*_key(request), sample), response) is not response:
             return
         waiting[fingerprint].append(response)
+        journals[fingerprint].add(_table([response], origins[fingerprint]))
         tokens += len(completion.token_ids)
         if len(waiting[fingerprint]) >= PART_ROWS or time.monotonic() - written > PART_SECONDS:
             write()
@@ -270,19 +285,44 @@ def collect(
     def write() -> None:
         for fingerprint, responses in waiting.items():
             if responses:
-                _write_part(folder, responses, origins[fingerprint])
+                _write_part(folder, _table(responses, origins[fingerprint]))
+                journals[fingerprint].drop()
                 responses.clear()
 
-    groups: dict[Teacher, list[int]] = {}
-    for place, i in enumerate(todo):
-        groups.setdefault(asked[i], []).append(place)
+    def ask_for(lacks: tuple[int, ...], todo: Sequence[int]) -> None:
+        groups: dict[Teacher, list[int]] = {}
+        for place, i in enumerate(todo):
+            groups.setdefault(asked[i], []).append(place)
+        prompts = [Prompt(token_ids=requests[i].prompt_ids, mode=requests[i].mode) for i in todo]
+        how = sampling if len(lacks) == samples else _apart(sampling, lacks[0])
+        ask(list(groups.items()), prompts, how, len(lacks), lambda p, s, c: keep(requests[todo[p]], lacks[s], c))
+
     try:
-        if todo:
-            prompts = [Prompt(token_ids=requests[i].prompt_ids, mode=requests[i].mode) for i in todo]
-            ask(list(groups.items()), prompts, sampling, samples, keep)
+        for lacks, todo in sorted(missing.items(), key=lambda entry: -len(entry[0])):
+            ask_for(lacks, todo)
     finally:
         write()
     return [known[key] for key in wanted]
+
+
+def _apart(sampling: Sampling, first: int) -> Sampling:
+    """`sampling` for what is missing from sample `first` on: a teacher numbers the samples of a call from 0, so those
+    that are there would be drawn again.
+    """
+    if sampling.seed is None:
+        return sampling
+    return replace(sampling, seed=(sampling.seed + (first + 1) * 0xD1B54A32D192ED03) % 2**63)
+
+
+def _recover(folder: Path) -> None:
+    """Makes parts of what a killed process left unfinished."""
+    for path, table in left_over(folder):
+        there = {(*_key(r), r.sample) for r in read(folder)[0]} if any(folder.glob("*.parquet")) else set()
+        new = [(*_key(r), r.sample) not in there for r in _rows(table)] if table.num_rows else []
+        if any(new):
+            _write_part(folder, table.filter(pa.array(new)))
+            log.info("%s: %d responses of an interrupted collection are kept", folder, sum(new))
+        path.unlink()
 
 
 def _key(request: Request) -> tuple[str, Mode]:
@@ -293,7 +333,9 @@ def _known(
     folder: Path, origins: Mapping[str, Origin], asked: Mapping[tuple[str, Mode], Teacher]
 ) -> dict[tuple[str, Mode, int], Response]:
     """What `folder` holds; UserError where it was begun with other teachers or another sampling."""
-    if not folder.exists():
+    if folder.is_dir():
+        _recover(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.glob("*.parquet"))):
         return {}
     (found, there), first = read(folder), next(iter(origins.values()))
     for response in found:
