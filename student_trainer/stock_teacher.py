@@ -19,7 +19,7 @@ from .models import Description
 from .modes import render
 from .teacher_client import StockModel
 
-OURS = "a strong2weak teacher (python -m teacher_server) gives it: leave teacher.kind out for one"
+OURS = "or use a strong2weak teacher (python -m teacher_server), with teacher.kind left out"
 
 
 def stock_model(student: Description, served: str | None, normalized_size: int | None) -> StockModel:
@@ -60,7 +60,7 @@ def check_config(config: Config, stage: str, key: str) -> None:
     lines = list(_refusals(config, stage))
     if lines:
         where = f"{key} is a stock server (teacher.kind openai)"
-        raise UserError("\n".join(f"{where}: {line}; or {OURS}" for line in lines))
+        raise UserError("\n".join(f"{where}: {line}, {OURS}" for line in lines))
 
 
 def _refusals(config: Config, stage: str) -> Iterator[str]:
