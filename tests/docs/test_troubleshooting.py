@@ -33,7 +33,9 @@ def quotes() -> list[str]:
 def test_every_quoted_message_is_one_of_the_programs() -> None:
     known = "\n".join(" ".join(text.split(" ")) for text in messages())
     pieces = [(quote, piece) for quote in quotes() for piece in re.split(r"…|; ", quote)]
-    missing = [f"{piece!r} of {quote!r}" for quote, piece in pieces if len(piece.strip()) > 3 and piece not in known]
+    missing = [
+        f"{piece!r} of {quote!r}" for quote, piece in pieces if len(piece.strip()) > 3 and piece.strip() not in known
+    ]
     assert len(quotes()) >= 25
     assert not missing
 
