@@ -75,6 +75,12 @@ def examples(page: str, text: str | None = None) -> list[Example]:
     return found
 
 
+def unfenced(page: str) -> list[str]:
+    """Lines that a page shows as code without a fence, where no test would see them."""
+    text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
+    return re.findall(r"(?<=\n\n) {4}(?:python|make|docker|curl|pip|torchrun|ray|export|kubectl) .*", text)
+
+
 def problems(example: Example) -> list[str]:
     """What is wrong with the block as a block: its language, its comment, the reason in it."""
     found = []

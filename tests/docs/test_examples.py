@@ -7,7 +7,7 @@ import pytest
 from tests.docs.bodies import check_json, check_yaml
 from tests.docs.commands import check
 from tests.docs.desk import Desk
-from tests.docs.examples import Example, examples, pages, problems
+from tests.docs.examples import Example, examples, pages, problems, unfenced
 from tests.docs.programs import Wrong
 
 EXAMPLES = [example for page in pages() for example in examples(page)]
@@ -17,6 +17,7 @@ EXAMPLES = [example for page in pages() for example in examples(page)]
 def test_every_block_of_a_page_is_an_example_that_can_be_checked(page: str) -> None:
     wrong = [f"{e.name} {problem}" for e in examples(page) for problem in problems(e)]
     assert not wrong
+    assert not unfenced(page)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
