@@ -16,13 +16,15 @@ COMPOSE = {"services", "volumes", "networks", "secrets", "configs", "name", "inc
 
 
 def _bodies() -> dict[str, type[BaseModel]]:
-    from teacher_server.transports import openai_schemas, schemas
+    from teacher_server.transports import openai_schemas, openai_tokens, schemas
 
     return {
         "/v1/score": schemas.ScoreBody,
         "/v1/generate": schemas.GenerateBody,
         "/v1/completions": openai_schemas.CompletionBody,
         "/v1/chat/completions": openai_schemas.ChatBody,
+        "/tokenize": openai_tokens.TokenizeBody,
+        "/detokenize": openai_tokens.DetokenizeBody,
     }
 
 

@@ -50,6 +50,7 @@ def test_an_example_is_what_the_programs_understand(example: Example) -> None:
         ("make tests", "no target tests"),
         ("curl http://127.0.0.1:8000/v2/score", "no route /v2/score"),
         ("""curl http://127.0.0.1:8000/v1/score -d '{"sequence": []}'""", "/v1/score"),
+        ("""curl http://127.0.0.1:8000/tokenize -d '{"text": 1}'""", "/tokenize"),
         ("python benchmarks/load.py --quik", "no option --quik"),
         ("frobnicate --all", "nothing is known"),
     ],
