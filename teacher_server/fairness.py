@@ -12,13 +12,15 @@ an idle client go to 0 as rounds go by. It knows neither units nor queues.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 
 QUANTUM = 64.0
 """Tokens that a round gives to a waiting client of weight 1; small, so that order is fair within about one unit."""
 MOST_CREDIT = 16_384.0
 """Tokens, times the weight, that a client can have to its credit: as many as an engine holds at a time, or so."""
+LEAD = 2 * QUANTUM
+"""Tokens, times the weight, that one client may be given in a full engine before another."""
 LEAST_WEIGHT = 1e-3
 
 
@@ -30,6 +32,8 @@ class Account:
     credit: float = 0.0
     waiting: int = 0
     running: int = 0
+    held: float = 0.0
+    """Tokens for which its running units were charged when they began."""
 
 
 class Ledger:
@@ -41,29 +45,41 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def turns(self, names: Iterable[str], yields: bool, full: bool = False) -> list[str]:
+    def turns(self, names: Collection[str], yields: bool, full: bool = False) -> list[str]:
         """Those of `names`, which all wait for work of one kind, who may have a turn now: the next and who may pass it.
 
         The next is the first with credit. While there is no room for its unit, those with more credit for their weight
         pass, most first; the passed one's turn comes all the same, as no round begins before. Rounds begin when nobody
         who waits has credit, for work of whatever kind. Where all of `names` owe and somebody else, whose work has no
         room now, has credit, nobody may where they must yield, else who owes least: room is not left empty.
-        Nor may anybody who owes where the engine is `full` and somebody whose work it has is in credit: what is added
-        then is taken from those, who keep too little submitted to have a queue of their own.
+        Where the engine is `full`, whoever was given more may not also hold more of it, see `_served`.
         """
-        names = list(names)
-        while True:
+        served = {name for name in names if full and self._served(name)}
+        names = [name for name in names if name not in served]
+        others = [account for name, account in self._accounts.items() if name not in served]
+        while names:
             standing = {name: self._accounts[name].credit / self._accounts[name].weight for name in names}
             first = next((name for name in names if standing[name] > 0), None)
             if first is not None:
                 passing = [name for name in names if standing[name] > standing[first]]
                 return [first, *sorted(passing, key=lambda name: -standing[name])]
-            ahead = [account for account in self._accounts.values() if account.credit > 0]
-            if full and any(account.running for account in ahead):
-                return []
-            if any(account.waiting for account in ahead):
+            if any(account.waiting and account.credit > 0 for account in others):
                 return [] if yields else [max(names, key=lambda name: standing[name])]
-            self._rounds()
+            self._rounds([account for account in others if account.waiting])
+        return []
+
+    def _served(self, name: str) -> bool:
+        """Whether somebody else was given LEAD tokens less for their weight and has no more in the engine now.
+
+        In a full engine whatever is added slows down that work, whose client has nothing that waits for a turn.
+        """
+        account = self._accounts[name]
+        least = account.credit / account.weight + LEAD
+        most = account.held / account.weight
+        return any(
+            other.running and other.credit / other.weight > least and other.held / other.weight <= most
+            for other in self._accounts.values()
+        )
 
     def waits(self, name: str, weight: float) -> None:
         """One more unit of the client waits; its weight is the last one told."""
@@ -81,20 +97,21 @@ class Ledger:
         account = self._accounts[name]
         account.waiting -= 1
         account.running += 1
+        account.held += tokens
         account.credit -= tokens
 
     def charge(self, name: str, tokens: float) -> None:
         """Corrects what a running unit was charged; below 0 gives back."""
         self._accounts[name].credit -= tokens
 
-    def ends(self, name: str) -> None:
-        """A running unit ended."""
+    def ends(self, name: str, tokens: float) -> None:
+        """A running unit ended, which began for `tokens`."""
         self._accounts[name].running -= 1
+        self._accounts[name].held -= tokens
         self._forget(name)
 
-    def _rounds(self) -> None:
-        """As many rounds as it takes until somebody who waits has credit."""
-        waiting = [account for account in self._accounts.values() if account.waiting]
+    def _rounds(self, waiting: list[Account]) -> None:
+        """As many rounds as it takes until somebody of those who wait, and all owe, has credit."""
         count = min(math.floor(-account.credit / (QUANTUM * account.weight)) + 1 for account in waiting)
         for name, account in tuple(self._accounts.items()):
             gain = count * QUANTUM * account.weight

@@ -1,8 +1,8 @@
-"""How many tokens an engine can add to a step of generation before each more only makes the others wait, from its steps.
+"""With how many tokens in a step of generation an engine is full, so that each more only slows the others down.
 
-A step takes a + b x seconds for x tokens: a to read the weights, b to compute a token (the roofline of Williams, Waterman
-and Patterson, 2009). While a dominates, more completions cost the others little; beyond GAIN a / b tokens twice as many
-would give at most a seventh more a second. It knows no engine and no queue.
+A step takes a + b x seconds for x tokens: a to read the weights, b to compute a token (the roofline of Williams,
+Waterman and Patterson, 2009). While a dominates, more completions cost the others little; beyond GAIN a / b tokens
+twice as many would give at most a seventh more a second. It knows no engine and no queue.
 """
 
 from __future__ import annotations

@@ -55,6 +55,8 @@ class Unit:
     """The client whose turn it took; empty until it runs."""
     load: int = 0
     charged: int = 0
+    began_for: int = 0
+    """What it was charged when it began."""
     spent: int | None = None
     closed: bool = False
     part: Part | None = None
@@ -181,7 +183,7 @@ class Scheduler:
             unit.lane.rows -= unit.cost.rows
             if unit.spent is not None:
                 self._ledger.charge(unit.payer, unit.spent - unit.charged)
-            self._ledger.ends(unit.payer)
+            self._ledger.ends(unit.payer, unit.began_for)
         for name in unit.lane.take(unit):
             self._ledger.leaves(name)
         if not unit.turn.done():
@@ -227,7 +229,7 @@ class Scheduler:
             if claim != name:
                 self._ledger.leaves(claim)
         unit.payer, unit.load = name, load
-        unit.charged = load if unit.cost.charge is None else _tokens(unit.cost.charge)
+        unit.charged = unit.began_for = load if unit.cost.charge is None else _tokens(unit.cost.charge)
         lane.submitted += load
         lane.rows += unit.cost.rows
         self._ledger.begins(name, unit.charged)

@@ -26,9 +26,9 @@ from teacher_server.calls import RETRY_S, Call, Calls
 from teacher_server.generation import Merged, complete, tokenize
 from teacher_server.hidden import HiddenBudget
 from teacher_server.lengths import Lengths
-from teacher_server.pace import Pace
 from teacher_server.live import Live
 from teacher_server.metrics import Metrics
+from teacher_server.pace import Pace
 from teacher_server.scheduling import Cost, Lane, Scheduler, Unit
 from teacher_server.scoring import Scoring
 from teacher_server.status import Status

@@ -120,6 +120,7 @@ def watch(clients: list[Client], seconds: float, settings: ServiceSettings | Non
         )
         await backend.start()
         service = TeacherService(settings or ServiceSettings(), Metrics(), clock=loop.time)
+        backend.observe(service.observe_step)
         await service.attach(backend)
         tasks = [asyncio.create_task(worker(service, c)) for c in clients for _ in range(c.in_flight)]
         done, _ = await asyncio.wait(tasks, timeout=WARM_S + seconds, return_when=asyncio.FIRST_EXCEPTION)
@@ -145,9 +146,14 @@ def hard(*values: Any) -> Any:
         hard(scoring(4, 25), scoring(1, 400), 12.0),
         hard(scoring(1, 200), scoring(32, 5), 15.0),
         hard(scoring(4, 25), generation(16, 10), 15.0),
+        hard(generation(1, 10), generation(1, 40), 3.0),
+        hard(generation(4, 10), generation(4, 40), 4.0),
         hard(generation(8, 10), generation(8, 40), 6.0),
     ],
-    ids=["equal calls", "long against short", "short against long", "generating against scoring", "generating"],
+    ids=[
+        *("equal calls", "long against short", "short against long", "generating against scoring"),
+        *("generating 1 prompt a call", "generating 4 prompts a call", "generating 8 prompts a call"),
+    ],
 )
 def test_eight_polite_clients_do_not_feel_one_that_sends_64_times_more(
     polite: Call, greedy: Call, seconds: float
