@@ -31,3 +31,21 @@ def test_the_readme_names_every_top_level_folder() -> None:
     readme = (ROOT / "README.md").read_text()
     assert folders
     assert not [f for f in sorted(folders) if f"{f}/" not in readme]
+
+
+def test_every_page_has_its_place_in_the_readme_on_the_home_page_and_in_the_navigation() -> None:
+    listed = subprocess.run(
+        ["git", "ls-files", "docs/*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    pages = {Path(line).name for line in listed.splitlines()} - {"index.md"}
+    places = {
+        "README.md": r"\(docs/([\w-]+\.md)[)#]",
+        "docs/index.md": r"\(([\w-]+\.md)[)#]",
+        "mkdocs.yml": r": ([\w-]+\.md)$",
+    }
+    missing = {
+        place: sorted(pages - set(re.findall(pattern, (ROOT / place).read_text(), re.M)))
+        for place, pattern in places.items()
+    }
+    assert len(pages) > 20
+    assert not {place: names for place, names in missing.items() if names}
