@@ -93,13 +93,13 @@ def ours() -> Iterator[TeacherClient]:
 
 
 def sequences(model: StockModel) -> list[Sequence]:
-    """Conversations in both modes, one of them longer than a batch of tokens is wide."""
+    """A conversation in each mode, and a longer text of no kind."""
     texts = [
         "<|im_start|>user\nCalculate 2+34<|im_end|>\n<|im_start|>assistant\n<think>\n2+34=36\n</think>\n\n36<|im_end|>",
         "<|im_start|>user\nCalculate 7-5<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n2<|im_end|>",
         "a text of no kind, ünlike any other. " * 6,
     ]
-    return [Sequence(model.encode(text), start) for text, start in zip(texts, (1, 20, 3), strict=True)]
+    return [Sequence(model.encode(text), start) for text, start in zip(texts, (1, 14, 3), strict=True)]
 
 
 def test_the_server_is_found_as_it_was_started(stock: Stock, client: TeacherClient) -> None:
@@ -151,7 +151,7 @@ def test_without_alternatives_only_the_tokens_are_scored(stock: Stock, client: T
 def test_greedy_completions_are_those_of_our_own_backend(
     stock: Stock, client: TeacherClient, ours: TeacherClient
 ) -> None:
-    prompts = [Prompt(token_ids=sequence.token_ids[:30]) for sequence in sequences(stock.model)[:2]]
+    prompts = [Prompt(token_ids=sequence.token_ids[:13]) for sequence in sequences(stock.model)[:2]]
     greedy = Sampling(24, temperature=0)
     for (one, twin), (other, _) in zip(
         client.generate(prompts, greedy, n=2, logprobs=True), ours.generate(prompts, greedy, n=2), strict=True
@@ -159,7 +159,7 @@ def test_greedy_completions_are_those_of_our_own_backend(
         assert one.token_ids.tolist() == twin.token_ids.tolist() == other.token_ids.tolist()
         assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
         assert one.logprobs is not None
-        scored = client.score([Sequence(np.concatenate([one.prompt_token_ids, one.token_ids]), 30)])[0]
+        scored = client.score([Sequence(np.concatenate([one.prompt_token_ids, one.token_ids]), 13)])[0]
         np.testing.assert_allclose(one.logprobs, scored.token_logprobs, atol=1e-4)
 
 
