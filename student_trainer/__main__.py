@@ -20,6 +20,7 @@ from typing import Any
 STAGES = ("all", "non_policy", "policy", "test")
 COMMANDS = {
     "collect": ("student_trainer.commands.collect", "make the off-policy dataset alone: the teacher's responses"),
+    "evaluate": ("student_trainer.commands.evaluate", "score checkpoints in both modes, side by side"),
     "export": ("student_trainer.export", "merge adapters and write a folder with whole weights"),
     "memory": ("student_trainer.commands.memory", "estimate the memory of the student's and the teacher's GPUs"),
 }

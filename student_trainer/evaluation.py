@@ -116,7 +116,48 @@ def accuracy(verifier: Verifier | None, answers: Sequence[Answer]) -> dict[str, 
     return values
 
 
-class Evaluator:
+class Answering:
+    """Problems that a student answers: what `requests` ask, in their modes, judged by `verifier`."""
+
+    def __init__(self, config: Config, requests: Sequence[Request], verifier: Verifier | None) -> None:
+        self.config, self.requests, self.verifier = config, requests, verifier
+        self.max_length = config.data.max_length
+
+    def answered_by(self, student: Student) -> tuple[dict[str, float], list[tuple[str, str, str]]]:
+        """(`accuracy` of a student in evaluation mode, sample outputs), over all processes."""
+        options = self.config.evaluation
+        table: list[Answer] = []
+        shown: list[tuple[str, str, str]] = []
+        for mode in Mode:
+            requests = self._mine([r for r in self.requests if r.mode is mode])
+            rollouts = self._sample(student, requests, options.max_new_tokens, options.temperature)
+            texts = [answer_text(student.tokenizer, r) for r in rollouts]
+            for request, rollout, text in zip(requests, rollouts, texts, strict=True):
+                table.append((request, text, len(rollout.completion_ids), rollout.finish_reason is FinishReason.STOP))
+            pairs = list(zip(requests, texts, strict=True))[: options.show]
+            shown += [(mode.value, r.messages[-1].content, text) for r, text in pairs]
+        table = [entry for part in distributed.gather(table) for entry in part]
+        return accuracy(self.verifier, table), shown
+
+    def _mine(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share."""
+        return items[distributed.rank() :: distributed.world()]
+
+    def _sample(self, student: Student, requests: Sequence[Request], tokens: int, temperature: float) -> list[Rollout]:
+        student.engine.update_weights()
+        return in_order(
+            student.engine,
+            [r.prompt_ids for r in requests],
+            rows=self.config.evaluation.batch_size,
+            max_new_tokens=tokens,
+            temperature=temperature,
+            max_length=self.max_length,
+            seed=self.config.training.seed,
+            names=[r.example_id for r in requests],
+        )
+
+
+class Evaluator(Answering):
     """The held-out problems of a run and the teacher's answers to them."""
 
     def __init__(
@@ -128,11 +169,10 @@ class Evaluator:
         verifier: Verifier | None,
         reporter: Reporter,
     ) -> None:
-        self.config, self.teachers, self.verifier, self.reporter = config, teachers, verifier, reporter
-        self.max_length = config.data.max_length
         options = config.evaluation
         pairs = [(e, mode) for e in validation[: options.problems] for mode in teachers.modes_of(e.domain)]
-        self.requests = requests_for(tokenizer, pairs, self.max_length)
+        super().__init__(config, requests_for(tokenizer, pairs, config.data.max_length), verifier)
+        self.teachers, self.reporter = teachers, reporter
         sampling = Sampling(options.max_new_tokens, options.temperature, seed=config.training.seed)
         name = hashlib.blake2b(f"{teachers.identity} {sampling}".encode(), digest_size=6).hexdigest()
         folder = Path(config.training.output_dir) / "evaluation" / name
@@ -193,44 +233,12 @@ class Evaluator:
         training = student.model.training
         student.model.eval()
         with whole(student.model):
-            values, samples = self._answers(student)
+            values, samples = self.answered_by(student)
             values |= self._on_teacher_answers(student, loss.measured(self.plain))
             if on_policy:
                 values |= self._on_rollouts(student, loss.measured(self.plain))
         student.model.train(training)
         return Measurement({**values, "seconds": time.monotonic() - started}, samples)
-
-    def _mine(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's share."""
-        return items[distributed.rank() :: distributed.world()]
-
-    def _answers(self, student: Student) -> tuple[dict[str, float], list[tuple[str, str, str]]]:
-        options = self.config.evaluation
-        table: list[Answer] = []
-        shown: list[tuple[str, str, str]] = []
-        for mode in Mode:
-            requests = self._mine([r for r in self.requests if r.mode is mode])
-            rollouts = self._sample(student, requests, options.max_new_tokens, options.temperature)
-            texts = [answer_text(student.tokenizer, r) for r in rollouts]
-            for request, rollout, text in zip(requests, rollouts, texts, strict=True):
-                table.append((request, text, len(rollout.completion_ids), rollout.finish_reason is FinishReason.STOP))
-            pairs = list(zip(requests, texts, strict=True))[: options.show]
-            shown += [(mode.value, r.messages[-1].content, text) for r, text in pairs]
-        table = [entry for part in distributed.gather(table) for entry in part]
-        return accuracy(self.verifier, table), shown
-
-    def _sample(self, student: Student, requests: Sequence[Request], tokens: int, temperature: float) -> list[Rollout]:
-        student.engine.update_weights()
-        return in_order(
-            student.engine,
-            [r.prompt_ids for r in requests],
-            rows=self.config.evaluation.batch_size,
-            max_new_tokens=tokens,
-            temperature=temperature,
-            max_length=self.max_length,
-            seed=self.config.training.seed,
-            names=[r.example_id for r in requests],
-        )
 
     def _on_teacher_answers(self, student: Student, loss: StageLoss) -> dict[str, float]:
         losses, values = (self.plain, loss), dict[str, float]()
