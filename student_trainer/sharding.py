@@ -46,7 +46,7 @@ def _unsharded(model: Any) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-    groups = {id(g): g for m in modules for g in m._get_fsdp_state()._fsdp_param_groups}
+    groups = {id(g): g for m in modules for g in _groups(m._get_fsdp_state())}
     # The public switch cannot be read, so its value could not be put back.
     after_forward = [(g, g.post_forward_mesh_info) for g in groups.values()]
     for group, _ in after_forward:
@@ -60,6 +60,14 @@ def _unsharded(model: Any) -> Iterator[None]:
             group.post_forward_mesh_info = mesh_info
         for module in modules:
             module.reshard()
+
+
+def _groups(state: Any) -> list[Any]:
+    """A module's groups of weights: torch 2.11 has one or none, later ones a list."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    one = state._fsdp_param_group
+    return [] if one is None else [one]
 
 
 @contextmanager
