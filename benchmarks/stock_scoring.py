@@ -5,7 +5,7 @@
     python benchmarks/stock_scoring.py --model M --stock http://127.0.0.1:8000 --wire 127.0.0.1:50051
 
 Both are asked for the same random sequences at top 64, by the trainer's own client, in rounds that alternate; neither
-caches scores (start the teacher server with --cache-enabled false) and each round has sequences of its own. One of
+caches scores (start the teacher server with --no-cache-enabled) and each round has sequences of its own. One of
 --stock and --wire may be left out. Prints a line for each: tokens/s, the best of the rounds.
 """
 
