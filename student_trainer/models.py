@@ -130,11 +130,14 @@ def _with(source: str | Path, file: str) -> str:
 
 @dataclass(frozen=True)
 class Description:
-    """What a handshake compares, without weights: tokenizer, logits of a position (padding included), end ids."""
+    """What a handshake compares, without weights: tokenizer, logits of a position (padding included), end ids; and the
+    longest sequence that the model was made for, where it says so.
+    """
 
     tokenizer: Any
     logits_width: int
     eos_ids: tuple[int, ...]
+    positions: int | None = None
 
 
 def describe(config: Config, source: str | Path) -> Description:
@@ -148,7 +151,9 @@ def describe(config: Config, source: str | Path) -> Description:
         generation = GenerationConfig.from_pretrained(name)
     except OSError:
         generation = GenerationConfig.from_model_config(model)
-    return Description(tokenizer, int(model.get_text_config().vocab_size), eos_ids(generation, tokenizer))
+    text = model.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    return Description(tokenizer, int(text.vocab_size), eos_ids(generation, tokenizer), positions)
 
 
 def eos_ids(generation: Any, tokenizer: Any) -> tuple[int, ...]:

@@ -16,27 +16,24 @@ from typing import Any
 from rich.console import Console
 from transformers import set_seed
 
-from protos.scores import Mode, Prompt, Sampling, ScoreSpec, Sequence
-
 from . import distributed, mixture, off_policy, on_policy, parallel
 from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about, recover
 from .config import Config
 from .data import load_examples
-from .evaluation import Evaluator, Student, answer_text
+from .evaluation import Evaluator, Student
 from .meters import CallMeter
 from .model_card import check_push, push
 from .models import describe
-from .modes import prompt_tokens, render
+from .modes import prompt_tokens
 from .opening import open_teachers
 from .report import RunReport
 from .reporting import Reporter, check_reports, final_table, logging_to, open_metrics
-from .rollouts import in_order
 from .settings import to_yaml
 from .stage import Outcome, Session, open_student, report, training_device
 from .stage_loss import StageLoss
 from .teacher_client.tracing import NO_TRACER
-from .teachers import Teachers
 from .traces import open_tracer
+from .trial import too_long, try_both
 from .verifiers import load_verifier
 
 log = logging.getLogger(__name__)
@@ -66,6 +63,8 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         mixture.check(config, stage)
         source = first_student(config, stage, pretrained_student)
         description = describe(config, source)
+        if stage != "test" and (problem := too_long(config, description.positions)):
+            log.warning("%s", problem)
         verifier = load_verifier(config.evaluation.verifier)
         train, validation = load_examples(
             config.data, config.training.seed, partial(prompt_tokens, description.tokenizer)
@@ -82,7 +81,7 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
             metrics.about(str(source), [t.info for t in teachers.all])
             metrics.watch(lambda: [server for t in teachers.all for server in t.client.replicas()])
         if stage == "test":
-            try_both(config, teachers, source, train[0].messages)
+            try_both(config, teachers, source, train[0], verifier, console)
             return
         evaluator = Evaluator(config, teachers, description.tokenizer, validation, verifier, reporter)
         stack.callback(evaluator.close)
@@ -169,31 +168,6 @@ def first_student(config: Config, stage: str, pretrained: str | Path | None) -> 
         log.info("starting from %s, stage 1's best model", best)
         return best
     return pretrained or config.models.student_model
-
-
-def try_both(config: Config, teachers: Teachers, source: str | Path, messages: Any) -> None:
-    """Stage `test`: one score and one answer of each teacher and one of the student in each mode, shown."""
-    student = open_student(config, source, teachers.vocab_size)
-    limit = min(config.evaluation.max_new_tokens, 128)
-    ids = render(student.tokenizer, messages, Mode.NON_THINKING)
-    names = {t: "teacher" if len(teachers.all) == 1 else f"teacher {t.info.name} ({t.scope})" for t in teachers.all}
-    for teacher, name in names.items():
-        scores = teacher.client.score([Sequence(ids, 1)], ScoreSpec(min(4, teacher.info.limits.top_k)))[0]
-        assert scores.token_logprobs is not None
-        log.info("the %s scored %d tokens, %.3f nats a token", name, scores.positions, scores.token_logprobs.mean())
-    for mode in Mode:
-        answering = [t for t in teachers.all if mode in t.info.modes and t.scope.mode in (None, mode)]
-        if not answering:
-            continue
-        prompt = render(student.tokenizer, messages, mode)
-        own = in_order(student.engine, [prompt], max_new_tokens=limit, temperature=0.0, seed=0)[0]
-        log.info("student, %s: %r", mode.value, answer_text(student.tokenizer, own))
-        for teacher in answering:
-            if teacher.info.can_generate:
-                asked = [Prompt(token_ids=prompt, mode=mode)]
-                found = teacher.client.generate(asked, Sampling(limit, temperature=0.0))[0][0]
-                log.info("%s, %s: %r", names[teacher], mode.value, found.text)
-    log.info("%s models are loaded and fit together", "both" if len(names) == 1 else "all")
 
 
 def notes(session: Session) -> list[str]:

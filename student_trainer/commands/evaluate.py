@@ -106,6 +106,7 @@ def _plain(config: Config) -> Config:
 
 def evaluate(config: Config, folders: Sequence[Path], *, teacher: bool, out: Path | None) -> None:
     """Measures each folder, shows the numbers side by side, and writes them to `out`."""
+    from protos.scores import Mode
     from student_trainer import evaluation
     from student_trainer.data import load_examples
     from student_trainer.models import Description, describe
@@ -140,7 +141,7 @@ def evaluate(config: Config, folders: Sequence[Path], *, teacher: bool, out: Pat
             size = teachers.vocab_size
             measure = partial(_with_teacher, evaluator)
         else:
-            pairs = [(e, mode) for e in problems[: config.evaluation.problems] for mode in evaluation.Mode]
+            pairs = [(e, mode) for e in problems[: config.evaluation.problems] for mode in Mode]
             requests = evaluation.requests_for(first.tokenizer, pairs, config.data.max_length)
             answering = evaluation.Answering(config, requests, verifier)
             size = max(first.tokenizer.get_vocab().values()) + 1
