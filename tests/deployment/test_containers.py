@@ -260,7 +260,7 @@ def test_a_teacher_that_is_stopped_ends_its_calls_first(stack: Stack, ca: Path, 
     headers = {"Authorization": f"Bearer {stack.read('keys', '/keys-of-clients/prometheus/key').strip()}"}
     context = ssl.create_default_context(cafile=str(ca))
     pattern = re.compile(r'^teacher_in_flight{method="generate"} [1-9]', re.MULTILINE)
-    prompts = [Prompt(text=f"{number}+1=") for number in range(128)]
+    prompts = [Prompt(text=f"{number}+1=") for number in range(64)]
     with (
         connect(f"grpcs://127.0.0.1:{stack.grpc}", credentials=Credentials(str(key), str(ca))) as client,
         httpx.Client(base_url=f"https://127.0.0.1:{stack.http}", verify=context, headers=headers) as watch,
