@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.docs.examples import examples
 from tests.servers import ROOT, environment, process
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval (pip install 'strong2weak[clients]')"),
 ]
 
@@ -60,3 +63,21 @@ def test_log_likelihoods_equal_those_of_the_hf_model(found: dict[str, Any], requ
     assert ours["greedy"] == truth["greedy"]
     assert np.shape(truth["choices"]) == (8, 3)
     assert len({number for row in truth["choices"] for number in row}) == 24  # they are no constant
+
+
+def test_the_command_of_the_page_runs_as_written(tmp_path: Path) -> None:
+    blocks = {example.title or example.language: example for example in examples("docs/clients.md")}
+    (command,) = [e.text for e in examples("docs/clients.md") if e.why == "tests/clients/test_lm_eval.py"]
+    for name in ("additions.jsonl", "additions.yaml"):
+        (tmp_path / name).write_text(blocks[name].text)
+    (tmp_path / "tiny_pair").symlink_to(ROOT / "tiny_pair")
+    cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with process(tmp_path, "--model", "tiny_pair/teacher") as (_, server):
+        script = command.replace("http://127.0.0.1:8000", server["http"])
+        env = environment(PATH=path, **cache)
+        done = subprocess.run(
+            ["bash", "-ec", script], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "|additions|" in done.stdout.replace(" ", "")
