@@ -197,6 +197,14 @@ class NonPolicyDistillation(Section):
     """Existing Parquet file of responses to use in place of asking the teacher for them."""
     allow_other_teacher: bool = False
     """Accept a dataset_path that another teacher wrote, as long as it has this teacher's tokenizer."""
+    keep: Literal["all", "verified", "shortest_verified"] = "all"
+    """Responses to train on (stage 2's share of responses too): all, those that the verifier finds right, or of these
+    the shortest of each prompt and mode. The dataset keeps the others, with what was said in its column verified."""
+    keep_per_prompt: PositiveInt | None = None
+    """Largest number of kept responses of a prompt in one mode, the first samples or the shortest; null sets no limit,
+    with shortest_verified it keeps one."""
+    verifier: str | None = None
+    """What finds a response right, in the words of evaluation.verifier; null takes that one."""
     max_steps: MaxSteps = -1
     """Stop after this many optimiser steps; -1 goes by num_epochs."""
 
@@ -294,8 +302,9 @@ class Evaluation(Section):
     """How models are measured on held-out problems."""
 
     verifier: str | None = None
-    """What counts as right: final_answer compares the text after the think block with the record's output, and
-    module:function names a function of (text, example); null measures no accuracy."""
+    """What counts as right: final_answer compares the text after the think block with the record's output; contains,
+    number, boxed, math, json and reasoning_gym are others (docs/data.md), and module:function names a function of
+    (text, example). Options follow, as in number?tolerance=0.01. null measures no accuracy."""
     problems: PositiveInt = 512
     """Largest number of held-out problems for each mode."""
     max_new_tokens: PositiveInt = 1024

@@ -70,7 +70,9 @@ def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_leng
     """What to ask for each example in its mode; prompts that leave no room for an answer are left out, with a line."""
     rendered = [(e, mode, render(tokenizer, e.messages, mode)) for e, mode in pairs]
     kept = [
-        Request(e.id, e.messages, mode, ids, e.expected, e.domain) for e, mode, ids in rendered if len(ids) < max_length
+        Request(e.id, e.messages, mode, ids, e.expected, e.domain, e.metadata)
+        for e, mode, ids in rendered
+        if len(ids) < max_length
     ]
     if len(kept) < len(rendered):
         left = len(rendered) - len(kept)
@@ -82,7 +84,7 @@ def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_leng
 
 def example_of(request: Request) -> Example:
     """The example that a request came from, as verifiers want it."""
-    return Example(request.example_id, request.messages, request.expected, request.domain)
+    return Example(request.example_id, request.messages, request.expected, request.domain, request.metadata)
 
 
 Answer = tuple[Request, str, int, bool]

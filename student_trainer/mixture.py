@@ -30,6 +30,7 @@ from .evaluation import Student, response_row
 from .feed import Feed, MicroBatch
 from .modes import assign_modes, unit_interval
 from .off_policy import AHEAD_STEPS
+from .rejection import accepted
 from .responses import Response, fitting, reuse
 from .row_scores import RowScores
 from .schedule import Step
@@ -83,11 +84,12 @@ def responses_for(session: Session) -> list[Response]:
     options, path = session.config.non_policy_distillation, path_of(session.config)
     domains = {e.id: e.domain for e in session.train}
     found = reuse(path, session.teachers, domains, other_teacher=options.allow_other_teacher)
-    kept, _ = fitting(found, session.config.data.max_length)
-    if not kept:
+    fits, _ = fitting(found, session.config.data.max_length)
+    if not fits:
         raise UserError(
             f"all {len(found)} responses are empty or longer than data.max_length", str(path), "raise data.max_length"
         )
+    kept = accepted(session.config, found, fits, path, ours=options.dataset_path is None)
     return sorted(kept, key=lambda r: (r.example_id, r.mode.value, r.sample))
 
 

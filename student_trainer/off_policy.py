@@ -28,6 +28,7 @@ from .data import Example
 from .evaluation import Student, requests_for, response_row
 from .feed import MicroBatch
 from .modes import pair_with_modes
+from .rejection import accepted
 from .responses import Request, Response, collect, fitting, read, reuse
 from .row_scores import RowScores
 from .schedule import Step
@@ -63,15 +64,16 @@ def distil(session: Session, student: Student) -> Outcome:
 def teacher_responses(session: Session, layout: Layout, tokenizer: Any) -> list[Response]:
     """The teacher's responses to the training prompts: reused, or asked for and kept in responses.parquet."""
     options, max_length = session.config.non_policy_distillation, session.config.data.max_length
+    path = layout.root / "responses.parquet"
     if options.dataset_path is not None:
-        allowed = options.allow_other_teacher
+        path, allowed = Path(options.dataset_path), options.allow_other_teacher
         domains = {e.id: e.domain for e in session.train}
-        responses = reuse(Path(options.dataset_path), session.teachers, domains, other_teacher=allowed)
+        responses = reuse(path, session.teachers, domains, other_teacher=allowed)
     else:
-        path = layout.root / "responses.parquet"
         distributed.on_main(lambda: ask(session, path, tokenizer))
         responses, _ = read(path)
-    kept, left_out = fitting(responses, max_length)
+    fits, left_out = fitting(responses, max_length)
+    kept = accepted(session.config, responses, fits, path, ours=options.dataset_path is None)
     tokens = sum(len(r.completion_ids) for r in kept)
     log.info("%d responses of the teacher, %d completion tokens", len(kept), tokens)
     if left_out:

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from protos.scores import Completion, FinishReason, Ids, Message, Mode, Prompt, Sampling, TeacherInfo
 
 from .asking import ask
+from .data import metadata
 from .errors import UserError
 from .teachers import Teacher, Teachers, nobody
 from .unfinished import Journal, left_over
@@ -47,16 +48,20 @@ SCHEMA = pa.schema(
         ("expected", pa.string()),
         ("teacher_fingerprint", pa.string()),
         ("domain", pa.string()),
+        ("metadata", pa.string()),
+        ("verified", pa.bool_()),
     ]
 )
-"""`prompt` is the conversation as JSON, `text` the completion without special tokens; `expected` and `domain` may be
-null, and files of before there were domains lack the last column.
+"""`prompt` is the conversation as JSON, `text` the completion without special tokens; `metadata` is what a verifier
+needs (data/metadata.py), `verified` what it said (rejection.py). `expected` and what follows may be null.
 """
+LATER = {"domain", "metadata", "verified"}
+"""Columns that files of before lack."""
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked: a conversation in one mode, rendered as int32[P]; what a verifier expects; its domain."""
+    """What is asked: a conversation in one mode, rendered as int32[P]; what a verifier wants; its domain."""
 
     example_id: str
     messages: tuple[Message, ...]
@@ -64,6 +69,7 @@ class Request:
     prompt_ids: Ids
     expected: str | None = None
     domain: str | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +83,8 @@ class Response(Request):
     text: str = ""
     finish_reason: FinishReason = FinishReason.STOP
     teacher: str = ""
+    verified: bool | None = None
+    """Whether a verifier found it right; None where none has looked."""
 
     @property
     def ids(self) -> Ids:
@@ -122,6 +130,8 @@ def _table(responses: Sequence[Response], origin: Origin) -> pa.Table:
         "expected": [r.expected for r in responses],
         "teacher_fingerprint": [origin.fingerprint] * len(responses),
         "domain": [r.domain for r in responses],
+        "metadata": [metadata.dump(r.metadata) for r in responses],
+        "verified": [r.verified for r in responses],
     }
     return pa.table(columns, schema=_schema(origin))
 
@@ -147,7 +157,7 @@ def read(path: Path) -> tuple[list[Response], dict[str, Origin]]:
             table = pq.read_table(file)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{file} is no Parquet file that can be read: {str(error).splitlines()[0]}") from error
-        missing = set(SCHEMA.names) - {"domain"} - set(table.column_names)
+        missing = set(SCHEMA.names) - LATER - set(table.column_names)
         if missing:
             raise UserError(f"{file} is no dataset of responses, it lacks {', '.join(sorted(missing))}")
         for origin in _origins(table):
@@ -171,7 +181,8 @@ def _rows(table: pa.Table) -> list[Response]:
     columns = {name: table.column(name) for name in SCHEMA.names if name in table.column_names}
     ids = {name: _lists(columns[name]) for name in ("prompt_ids", "completion_ids")}
     rest = {n: c.to_pylist() for n, c in columns.items() if n not in ids}
-    domains = rest.get("domain") or [None] * table.num_rows
+    nothing = [None] * table.num_rows
+    domains, kept, verified = (rest.get(name, nothing) for name in ("domain", "metadata", "verified"))
     return [
         Response(
             example_id=rest["example_id"][i],
@@ -180,11 +191,13 @@ def _rows(table: pa.Table) -> list[Response]:
             prompt_ids=ids["prompt_ids"][i],
             expected=rest["expected"][i],
             domain=domains[i],
+            metadata=metadata.load(kept[i]),
             sample=rest["sample"][i],
             completion_ids=ids["completion_ids"][i],
             text=rest["text"][i],
             finish_reason=FinishReason(rest["finish_reason"][i]),
             teacher=rest["teacher_fingerprint"][i] or "",
+            verified=verified[i],
         )
         for i in range(table.num_rows)
     ]

@@ -26,6 +26,7 @@ from .model_card import check_push, push
 from .models import describe
 from .modes import prompt_tokens
 from .opening import open_teachers
+from .rejection import verifier_of
 from .report import RunReport
 from .reporting import Reporter, check_reports, final_table, logging_to, open_metrics
 from .settings import to_yaml
@@ -66,6 +67,8 @@ def run(config: Config, stage: str, pretrained_student: str | Path | None, conso
         if stage != "test" and (problem := too_long(config, description.positions)):
             log.warning("%s", problem)
         verifier = load_verifier(config.evaluation.verifier)
+        if stage != "test":
+            verifier_of(config)
         train, validation = load_examples(
             config.data, config.training.seed, partial(prompt_tokens, description.tokenizer)
         )

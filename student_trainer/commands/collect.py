@@ -83,7 +83,7 @@ def alone_in(out: Path) -> Iterator[None]:
 
 def collect(config: Config, out: Path) -> None:
     """Asks for what `out` does not hold yet, and says what it holds then."""
-    from student_trainer import off_policy, responses
+    from student_trainer import off_policy, rejection, responses
     from student_trainer.data import load_examples
     from student_trainer.models import describe
     from student_trainer.modes import prompt_tokens
@@ -118,6 +118,7 @@ def collect(config: Config, out: Path) -> None:
                 samples=options.samples_per_prompt,
                 progress=lambda done, _, tokens: update(done, clock.text(tokens)),
             )
+        found = rejection.remembered(config, found, out)
         for line in summary(found, clock, config.data.max_length):
             say(console, line)
         say(console, f"Train on it with: non_policy_distillation.dataset_path={out}")
