@@ -32,6 +32,8 @@ SERVICE = "teacher.v1.TeacherService"
 HEALTH = "grpc.health.v1.Health"
 SERVICES = ("", SERVICE)
 """Names under which health is reported; the empty one is the whole server."""
+PING_S, PONG_S = 60.0, 20.0
+"""Seconds of silence after which a client is asked whether it is there, and for its answer; else its calls end."""
 
 
 class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
@@ -143,9 +145,9 @@ class GrpcTransport:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.http2.max_ping_strikes", 2),  # then the connection is closed: too many pings
-                ("grpc.keepalive_time_ms", 60_000),  # a peer that is gone without a word is found out
-                ("grpc.keepalive_timeout_ms", 20_000),
-                ("grpc.http2.ping_timeout_ms", 20_000),
+                ("grpc.keepalive_time_ms", int(1000 * PING_S)),
+                ("grpc.keepalive_timeout_ms", int(1000 * PONG_S)),
+                ("grpc.http2.ping_timeout_ms", int(1000 * PONG_S)),
                 ("grpc.max_concurrent_streams", limits.streams),
                 ("grpc.max_allowed_incoming_connections", limits.connections),
                 ("grpc.max_metadata_size", limits.head_kib << 10),
