@@ -26,7 +26,7 @@ from . import distributed
 from .batches import Row, completion_ids, completion_tokens
 from .config import Config
 from .data import Example
-from .modes import render
+from .modes import render_all
 from .packing import forward_inputs
 from .reporting import Reporter
 from .responses import Request, Response, collect, fitting
@@ -68,10 +68,10 @@ class Student:
 
 def requests_for(tokenizer: Any, pairs: Sequence[tuple[Example, Mode]], max_length: int) -> list[Request]:
     """What to ask for each example in its mode; prompts that leave no room for an answer are left out, with a line."""
-    rendered = [(e, mode, render(tokenizer, e.messages, mode)) for e, mode in pairs]
+    rendered = render_all(tokenizer, [(e.messages, mode) for e, mode in pairs])
     kept = [
         Request(e.id, e.messages, mode, ids, e.expected, e.domain, e.metadata)
-        for e, mode, ids in rendered
+        for (e, mode), ids in zip(pairs, rendered, strict=True)
         if len(ids) < max_length
     ]
     if len(kept) < len(rendered):

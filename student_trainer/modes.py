@@ -29,6 +29,23 @@ def render(tokenizer: Any, messages: Iterable[Message], mode: Mode | None) -> Id
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 
+def render_all(tokenizer: Any, pairs: Sequence[tuple[Sequence[Message], Mode]]) -> list[Ids]:
+    """`render` of many conversations, each in its mode; a fast tokenizer reads them together, in half of the time."""
+    texts = [""] * len(pairs)
+    for mode in Mode:
+        places = [place for place, (_, own) in enumerate(pairs) if own is mode]
+        turns = [[{"role": m.role, "content": m.content} for m in pairs[place][0]] for place in places]
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": mode.thinking}
+        for place, text in zip(places, tokenizer.apply_chat_template(turns, **options) if turns else (), strict=True):
+            texts[place] = text
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None or fast.truncation is not None or fast.padding is not None:
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    else:
+        rows = [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
+    return [np.asarray(row, dtype=np.int32) for row in rows]
+
+
 def prompt_tokens(tokenizer: Any, messages: Iterable[Message]) -> int:
     """How many tokens a prompt has, in the mode in which it is longer."""
     turns = list(messages)

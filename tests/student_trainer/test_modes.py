@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from protos.scores import Message, Mode
 from student_trainer.data import Example
-from student_trainer.modes import assign_modes, pair_with_modes, render
+from student_trainer.modes import assign_modes, pair_with_modes, render, render_all
 from tests import tiny_qwen3
 
 EXAMPLES = [Example(f"id{i}", (Message("user", str(i)),)) for i in range(400)]
@@ -37,6 +37,19 @@ def test_a_prompt_opens_the_assistants_turn_in_its_mode(tokenizer: Any) -> None:
 def test_no_mode_is_the_templates_default(tokenizer: Any) -> None:
     messages = (Message("user", "1+1"),)
     assert render(tokenizer, messages, None).tolist() == render(tokenizer, messages, Mode.THINKING).tolist()
+
+
+def test_many_conversations_are_rendered_as_one_is(tokenizer: Any) -> None:
+    turns = [
+        (Message("user", "1+1"),),
+        (Message("system", "sé"), Message("user", "a longer one, 你好")),
+        EXAMPLES[3].messages,
+    ]
+    pairs = [(messages, mode) for messages in turns for mode in (Mode.NON_THINKING, Mode.THINKING)]
+    found = render_all(tokenizer, pairs)
+    assert [ids.tolist() for ids in found] == [render(tokenizer, *pair).tolist() for pair in pairs]
+    assert {ids.dtype for ids in found} == {np.dtype(np.int32)}
+    assert render_all(tokenizer, []) == []
 
 
 def test_the_server_renders_the_same(tokenizer: Any, tmp_path: Path) -> None:
