@@ -78,17 +78,19 @@ def is_run(example: Example) -> bool:
 
 def run_page(desk: Desk, page: str, with_slow: bool) -> None:
     """Runs a page's blocks in order; those after a slow one that are not slow themselves do not need it."""
-    printed = ""
+    printed: str | None = None
     for example in filter(is_run, examples(page)):
         if example.title == "prints":
-            assert printed.strip() == example.text.strip(), example.name
+            assert printed is None or printed.strip() == example.text.strip(), example.name
         elif example.title:
             target = desk.folder(page) / example.title
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(desk.as_written(example), encoding="utf-8")
         elif example.how == "serves":
             desk.serve(example)
-        elif example.how != "slow" or with_slow:
+        elif example.how == "slow" and not with_slow:
+            printed = None
+        else:
             if example.how == "beside":
                 desk.serve(example)
             printed = desk.run(example)
