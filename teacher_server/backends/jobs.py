@@ -97,7 +97,15 @@ class Outbox:
         if job.done:
             return
         self._waiting[job.loop].append((job.settle, pieces))
-        job.left -= sum(piece.finish_reason is not None for piece in pieces)
+        self._ended(job, sum(piece.finish_reason is not None for piece in pieces))
+
+    def dropped(self, job: GenerateJob) -> None:
+        """Takes note that one of its completions ended without a piece; queues the end where it was the last one."""
+        if not job.done:
+            self._ended(job, 1)
+
+    def _ended(self, job: GenerateJob, completions: int) -> None:
+        job.left -= completions
         if job.left == 0:
             job.done = True
             self._waiting[job.loop].append((job.settle, None))

@@ -84,7 +84,7 @@ class SamplingLoop:
 
         How many rows, and tokens of these, it was about.
         """
-        self._drop_cancelled()
+        self._drop_unwanted(outbox)
         admitted = self._admit()
         size = (len(admitted), sum(row.length for row in admitted)) if admitted else (len(self._rows),) * 2
         try:
@@ -97,11 +97,13 @@ class SamplingLoop:
         outbox.flush()
         return size
 
-    def _drop_cancelled(self) -> None:
-        if any(row.unwanted for row in self._waiting):
-            self._waiting = deque(row for row in self._waiting if not row.unwanted)
-        for row in self._rows:
-            row.ended |= row.unwanted
+    def _drop_unwanted(self, outbox: Outbox) -> None:
+        gone = [row for row in (*self._waiting, *self._rows) if row.unwanted and not row.ended]
+        for row in gone:
+            row.ended = True
+            outbox.dropped(row.job)
+        if gone:
+            self._waiting = deque(row for row in self._waiting if not row.ended)
         ended = sum(row.ended for row in self._rows)
         if ended and (ended == len(self._rows) or (self._joinable and ended * 8 >= len(self._rows))):
             self._keep([i for i, row in enumerate(self._rows) if not row.ended])

@@ -16,7 +16,7 @@ from teacher_server.backends.factory import make_backend
 from teacher_server.backends.options import BackendOptions
 from teacher_server.backends.theoretical_backend import Behaviour, TheoreticalBackend
 from teacher_server.backends.theory import Ring
-from tests.teacher_server.backends.helpers import complete, ids_of
+from tests.teacher_server.backends.helpers import check_alternatives, check_dropped, complete, ids_of
 
 OPTIONS = BackendOptions(model="theory", backend="theoretical")
 RNG = np.random.default_rng(0)
@@ -138,3 +138,12 @@ def test_closing_ends_what_is_in_flight() -> None:
             await flight
 
     asyncio.run(run())
+
+
+def test_alternatives_of_sampled_tokens_are_those_of_a_score() -> None:
+    async def check() -> None:
+        backend = await started()
+        await check_alternatives(backend, np.array([5, 6], np.int32), stream=True, max_tokens=12, ignore_eos=True)
+        await check_dropped(backend, np.array([5, 6], np.int32), 60)
+
+    asyncio.run(check())

@@ -12,7 +12,7 @@ import pytest
 
 from protos.scores import FinishReason, Message, Mode, Sampling, ScoreSpec, Sequence
 from teacher_server.backends.transformers_backend import TransformersBackend
-from tests.teacher_server.backends.helpers import Collected, complete, ids_of
+from tests.teacher_server.backends.helpers import Collected, check_alternatives, check_dropped, complete, ids_of
 from tests.teacher_server.backends.reference import Reference
 
 Start = Callable[..., TransformersBackend]
@@ -229,3 +229,14 @@ def test_neither_scores_nor_generations_starve_the_other(started: Start) -> None
     scored, _, whole, tokens = asyncio.run(run())
     assert sum(t < scored for t in tokens) >= 10, "generation stood still while scores ran"
     assert scored < whole, "scores waited for generation to end"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_alternatives_of_sampled_tokens_are_those_of_a_score(started: Start, stream: bool) -> None:
+    (given,) = prompts(21, 1)
+    asyncio.run(check_alternatives(started("qwen3"), given, stream=stream, max_tokens=12, seed=3, ignore_eos=True))
+
+
+def test_a_completion_that_nobody_waits_for_leaves_the_batch_alone(started: Start) -> None:
+    (given,) = prompts(22, 1)
+    asyncio.run(check_dropped(started("qwen3"), given, 60))

@@ -11,7 +11,7 @@ import pytest
 
 from protos.errors import Unsupported
 from protos.scores import FinishReason, Message, Mode, Sampling, ScoreSpec, Sequence
-from tests.teacher_server.backends.helpers import Collected, complete, ids_of
+from tests.teacher_server.backends.helpers import Collected, check_alternatives, check_dropped, complete, ids_of
 from tests.teacher_server.backends.vllm.conftest import Run
 
 pytestmark = pytest.mark.vllm
@@ -176,3 +176,20 @@ def test_closing_a_stream_aborts_it_in_the_engine(run: Run, backend: Any) -> Non
         return int(before)
 
     assert run(begin()) == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_alternatives_of_sampled_tokens_are_those_of_a_score(run: Run, backend: Any, stream: bool) -> None:
+    plain = {"max_tokens": 12, "seed": 3, "ignore_eos": True}
+    run(check_alternatives(backend, prompt(21), stream=stream, **plain))
+    opened = np.append(prompt(23), np.int32(OPEN))
+    run(check_alternatives(backend, opened, stream=stream, max_thinking_tokens=4, **plain))  # closing tokens too
+
+
+def test_a_completion_that_nobody_waits_for_leaves_the_batch_alone(run: Run, backend: Any) -> None:
+    async def check() -> None:
+        await check_dropped(backend, prompt(22), 200)
+        await asyncio.sleep(0.1)
+        assert backend._engine._llm.get_num_unfinished_requests() == 0
+
+    run(check())
