@@ -2,7 +2,7 @@
 
 It knows neither retries nor limits, and no engine's shapes (see `openai_dialects`). What such a server cannot do is
 refused, never guessed: scores at another temperature than 1, candidates, hidden states, the LM head. A server that was
-away may come back as another one, so it says who it is again before its next call.
+away, or silent for longer than one starts in, may be another one, so it says who it is before its next call.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from student_trainer.teacher_client import openai_completions, openai_scores
 from student_trainer.teacher_client.credentials import Credentials
 from student_trainer.teacher_client.http_connection import HttpConnection
 from student_trainer.teacher_client.openai_errors import stock_error
-from student_trainer.teacher_client.openai_handshake import Profile, introduce
+from student_trainer.teacher_client.openai_handshake import Ask, Profile, describe, introduce
 from student_trainer.teacher_client.openai_model import StockModel
 
 log = logging.getLogger(__name__)
+QUIET_S = 10.0
+"""Seconds without an answer after which a server may have been started anew: loading a model takes longer."""
 HEADERS = {"accept": "application/json", "content-type": "application/json"}
 
 
@@ -45,6 +47,7 @@ class OpenAiTransport:
         self._lock = threading.Lock()
         self._profile: Profile | None = None
         self._warned = False
+        self._answered = 0.0
 
     @property
     def address(self) -> str:
@@ -53,6 +56,17 @@ class OpenAiTransport:
 
     def teacher(self, timeout_s: float) -> TeacherInfo:
         """See `Transport.teacher`: asks the server some twenty small questions."""
+        profile = introduce(self._asking(timeout_s), self._model, self._address)
+        with self._lock:
+            self._profile, warn, self._warned = profile, not self._warned, True
+        if warn:
+            log.info("%s is a %s; it is asked at temperature 1 alone", self._address, profile.info.engine)
+            for line in profile.unknown:
+                log.warning("%s does not tell %s", self._address, line)
+        return profile.info
+
+    def _asking(self, timeout_s: float) -> Ask:
+        """Makes calls that all end within `timeout_s`."""
         end = time.monotonic() + timeout_s
 
         def ask(method: str, path: str, body: Any) -> Any:
@@ -61,14 +75,7 @@ class OpenAiTransport:
                 raise errors.DeadlineExceeded(f"{self._address} did not say who it is within {timeout_s:.4g} s")
             return self._call(method, path, body, left)
 
-        profile = introduce(ask, self._model, self._address)
-        with self._lock:
-            self._profile, warn, self._warned = profile, not self._warned, True
-        if warn:
-            log.info("%s is a %s; it is asked at temperature 1 alone", self._address, profile.info.engine)
-            for line in profile.unknown:
-                log.warning("%s does not tell %s", self._address, line)
-        return profile.info
+        return ask
 
     def score(self, request: ScoreRequest, timeout_s: float) -> list[Scores]:
         """See `Transport.score`."""
@@ -113,7 +120,9 @@ class OpenAiTransport:
     def _known(self, fingerprint: str, timeout_s: float) -> Profile:
         """The server as it was found; TeacherMismatch where it came back as another one than `fingerprint`."""
         with self._lock:
-            profile = self._profile
+            profile, quiet = self._profile, time.monotonic() - self._answered > QUIET_S
+        if quiet and profile and describe(self._asking(timeout_s), self._model, self._address) != profile.said:
+            profile = None
         if profile is None:
             self.teacher(timeout_s)
             with self._lock:
@@ -136,6 +145,7 @@ class OpenAiTransport:
             with self._lock:
                 self._profile = None
             raise
+        self._answered = time.monotonic()
         try:
             return json.loads(raw)
         except ValueError as error:

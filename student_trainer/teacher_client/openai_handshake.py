@@ -49,9 +49,13 @@ MISSING = (errors.Unsupported, errors.InvalidRequest, errors.TooLarge)
 
 @dataclass(frozen=True)
 class Profile:
-    """A stock server as it was found: who it is, how it is spoken to, under which name, and what is not known."""
+    """A stock server as it was found: who it is, how it is spoken to, under which name, and what is not known.
+
+    `said` is what it says of itself (see `describe`), by which a later look tells whether it is the same one.
+    """
 
     info: TeacherInfo
+    said: dict[str, Any]
     dialect: Dialect
     served: str
     unknown: tuple[str, ...]
@@ -59,13 +63,12 @@ class Profile:
 
 def introduce(ask: Ask, model: StockModel, address: str) -> Profile:
     """Asks a server; TeacherMismatch where it is not `model`, Unsupported where it cannot score or name its tokens."""
-    card = _card(ask, model, address)
-    served = str(card["id"])
-    sglang = card.get("owned_by") == "sglang"
-    about = _about(ask, sglang)
+    said = describe(ask, model, address)
+    card, about = said["card"], said["about"]
+    served, sglang = str(card["id"]), card.get("owned_by") == "sglang"
     check_tokenizer(ask, model, served, address)
     probe = ids_array(model.encode("1 + 1 = 2"))
-    length = int(card.get("max_model_len") or about.pop("context", 0))
+    length = int(card.get("max_model_len") or 0)
     if length < 2 + len(probe):
         raise errors.Unsupported(f"{address} does not say how long a sequence may be (max_model_len of /v1/models)")
     width, unknown = _width(ask, served, about, model)
@@ -99,7 +102,14 @@ def introduce(ask: Ask, model: StockModel, address: str) -> Profile:
         dtype="dtype not told",
         quantization="",
     )
-    return Profile(info, dialect, served, (*_always(model, served), *unknown))
+    return Profile(info, said, dialect, served, (*_always(model, served), *unknown))
+
+
+def describe(ask: Ask, model: StockModel, address: str) -> dict[str, Any]:
+    """What the server says of itself: `card`, the model's entry of /v1/models, and `about`, engine and release."""
+    card = _card(ask, model, address)
+    named = {key: card.get(key) for key in ("id", "root", "owned_by", "max_model_len")}
+    return {"card": named, "about": _about(ask, card.get("owned_by") == "sglang")}
 
 
 def _always(model: StockModel, served: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from protos import errors
-from protos.scores import Field, Message, Mode, Prompt, Sampling, ScoreSpec, Sequence
+from protos.scores import Field, Message, Mode, Prompt, Sampling, ScoreSpec, Sequence, ids_array
 from student_trainer.config import Config
 from student_trainer.errors import UserError
 from student_trainer.handshake import check
@@ -21,8 +22,11 @@ from student_trainer.models import Description, describe
 from student_trainer.run import run
 from student_trainer.settings import load_config
 from student_trainer.stock_teacher import check_config, check_limits, stock_model
-from student_trainer.teacher_client import StockModel, TeacherClient, connect
+from student_trainer.teacher_client import StockModel, TeacherClient, connect, openai_channel
+from student_trainer.teacher_client.openai_channel import OpenAiTransport
 from student_trainer.teacher_client.openai_scores import TAIL_RESOLUTION
+from teacher_server.backends.byte_text import ByteText
+from tests.servers import serving, theory
 from tests.student_trainer.conftest import STUDENT
 from tests.student_trainer.test_stages import settings
 
@@ -156,6 +160,44 @@ def test_another_tokenizer_is_told_by_texts_and_by_ids(pair_teacher: dict[str, A
 def test_a_model_that_it_does_not_serve_is_another_teacher(pair_teacher: dict[str, Any], model: StockModel) -> None:
     with pytest.raises(errors.TeacherMismatch, match=r"serves .*, not gpt"):
         connect(pair_teacher["http"], stock=replace(model, served="gpt"))
+
+
+def byte_model() -> StockModel:
+    """What the theoretical teacher is, whose tokens are bytes."""
+    text = ByteText()
+    return StockModel(
+        vocab_size=text.vocab_size,
+        logits_width=text.vocab_size,
+        eos_token_ids=text.eos_token_ids,
+        tokenizer_hash=text.tokenizer_hash,
+        template_hash=text.template_hash,
+        modes=text.modes,
+        encode=lambda given: text.encode(given).tolist(),
+        decode=lambda given, plain: text.decode(ids_array(given), special=not plain),
+    )
+
+
+def test_a_server_that_comes_back_as_another_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(theory()) as server:
+        address = server.http
+        client = connect(address, stock=byte_model(), patience_s=30)
+        client.score([Sequence([1, 2, 3])])
+    port = int(address.rpartition(":")[2])
+    monkeypatch.setattr(openai_channel, "QUIET_S", 0.0)
+    other = serving(theory(name="second"), http_port=port)
+    text = r"has the fingerprint stock-\w+, the call expects stock-"
+    with other, client, pytest.raises(errors.TeacherMismatch, match=text):
+        client.score([Sequence([1, 2, 3])])
+
+
+def test_a_server_that_never_answers_passes_the_deadline(model: StockModel) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        transport = OpenAiTransport(f"http://127.0.0.1:{silent.getsockname()[1]}", model)
+        with pytest.raises(errors.DeadlineExceeded, match=r"within 0\.\d+ s"):
+            transport.teacher(0.3)
+        transport.close()
 
 
 def test_an_address_without_http_is_refused(model: StockModel) -> None:
