@@ -64,7 +64,7 @@ VLLM_TESTS ?= vllm and not slow
 test-vllm: .venv-vllm/stamp
 	VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		.venv-vllm/bin/python -m pytest -m "$(VLLM_TESTS)" tests/contract tests/teacher_server tests/student_trainer/rollouts \
-		tests/student_trainer/test_stock_vllm.py
+		tests/student_trainer/test_stock_vllm.py tests/student_trainer/test_export_vllm.py
 
 lint: .venv/dev.stamp
 	$(PY) -m ruff check .
