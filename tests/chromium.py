@@ -101,8 +101,11 @@ class Page:
         return value
 
     def picture(self, file: Path, *, width: int, height: int, dark: bool) -> bytes:
-        """Writes what is seen as PNG; its bytes."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        """Writes the whole page, at least `height` high, as PNG; its bytes."""
+        size = {"width": width, "deviceScaleFactor": 1, "mobile": False}
+        self.call("Emulation.setDeviceMetricsOverride", height=height, **size)
+        whole = int(self.eval("document.documentElement.scrollHeight"))
+        self.call("Emulation.setDeviceMetricsOverride", height=max(height, whole), **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         data = base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
