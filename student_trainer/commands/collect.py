@@ -100,6 +100,7 @@ def collect(config: Config, out: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(logging_to(config.training.log_file, console, True))
         reporter = Reporter(console)
+        rejection.verifier_of(config)  # a wrong name is told before anything is asked
         student = describe(config, config.models.student_model)
         train, held_out = load_examples(config.data, config.training.seed, partial(prompt_tokens, student.tokenizer))
         domains = {example.domain for example in train}
