@@ -2,9 +2,11 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,17 @@ def test_help_names_every_flag_and_imports_no_heavy_library(tmp_path: Path) -> N
         assert flag in done.stdout
     assert "--resume [DIR]" in done.stdout
     assert "--dry-run" in done.stdout
+    for name, (module, purpose) in cli.COMMANDS.items():
+        assert re.search(rf"python -m student_trainer {name} +{re.escape(purpose)}", done.stdout)
+        assert import_module(module).make_parser().prog == f"python -m student_trainer {name}"
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_a_wrong_flag_of_a_command_is_a_usage_error(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--no-such-flag"])
+    assert ended.value.code == 2
+    assert f"usage: python -m student_trainer {name}" in capsys.readouterr().err
 
 
 def test_a_dry_run_prints_the_resolved_configuration_and_imports_no_torch(tmp_path: Path) -> None:

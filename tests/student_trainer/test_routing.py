@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import json
 import shutil
 from collections.abc import Iterator
@@ -306,6 +307,8 @@ def test_the_test_stage_asks_both(addresses: tuple[str, str], tmp_path: Path) ->
     run(by_mode(tmp_path, *addresses), "test", None, Console(file=shown, width=220))
     text = shown.getvalue()
     for mode in Mode:
-        assert f"({mode.value}) scored" in text
-        assert f"({mode.value}), {mode.value}: " in text
+        assert re.search(rf"── score by teacher .*\({mode.value}\)", text)
+        own = text.split(f"── {mode.value.replace('_', '-')} ")[1].split("── ")[0]
+        assert re.search(rf"teacher .*\({mode.value}\) \(\d+ tokens", own)
+        assert own.count(" tokens, ") == 2, "the student and this mode's teacher answer, and nobody else"
     assert "all models are loaded and fit together" in text
