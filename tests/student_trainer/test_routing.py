@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import re
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
