@@ -280,7 +280,7 @@ def test_stage_test_says_what_kind_of_teacher_it_is(pair_teacher: dict[str, Any]
     text = shown.getvalue()
     assert "through its OpenAI interface; it is asked at temperature 1 alone" in text
     assert "does not tell its weights" in text
-    for line in ("the teacher scored", "teacher, thinking:", "teacher, non_thinking:"):
+    for line in ("(stock OpenAI server through its OpenAI interface", "── score", "── thinking", "── non-thinking"):
         assert line in text
 
 
