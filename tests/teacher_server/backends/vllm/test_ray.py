@@ -1,12 +1,11 @@
 """Two nodes of a Ray cluster, with a worker on each, say what two processes of one node say.
 
-vLLM's platform for CPUs names no resource of Ray's, for which alone its Ray executor refuses it; the tests name one, and
-give each node one of it. All else is Ray's and vLLM's own. Both nodes are on this machine.
+vLLM's platform for CPUs names no resource of Ray's, for which alone its Ray executor refuses it; the tests name one
+and give each node one of it. All else is Ray's and vLLM's own. Both nodes are on this machine.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
