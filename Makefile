@@ -28,6 +28,8 @@ help:
 .venv/dev.stamp: pyproject.toml | .venv/bin/python
 	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet -e '.[server,trainer,dev,docs]'
+	@$(PY) -m pip install --quiet -e '.[reasoning-gym]' \
+		|| echo "reasoning-gym does not install (it wants a C compiler): tests of its tasks are skipped"
 	@touch $@ .venv/demo.stamp
 
 # One thread each for the trainer and the teacher that it starts: the models are tiny, and two pools of threads that share

@@ -16,6 +16,8 @@ from student_trainer.errors import UserError
 from student_trainer.verifiers import load_verifier
 from student_trainer.verifiers.tasks import EVALUATED, harmless_formula, harmless_list
 
+pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed (extra reasoning-gym)")
+
 SOURCE = "reasoning-gym:chain_sum,gcd?size=20&seed=7&chain_sum.max_terms=3"
 
 

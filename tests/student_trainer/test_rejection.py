@@ -199,6 +199,7 @@ def test_stage_1_samples_several_times_and_trains_on_right_responses(
 def test_problems_of_reasoning_gym_are_asked_kept_and_judged_by_their_scorers(
     settings: Callable[..., Config], tmp_path: Path
 ) -> None:
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed (extra reasoning-gym)")
     source = "reasoning-gym:chain_sum?size=6&chain_sum.max_terms=2&chain_sum.max_digits=1"
     made = settings({"data_path": source, "val_ratio": 0.2}, keep="all", modes="non_thinking")
     run(made, "non_policy", None, Console(file=io.StringIO(), width=200))
