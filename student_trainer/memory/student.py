@@ -142,14 +142,16 @@ def sampling_bytes(shape: Shape, setup: Setup, *, training: bool = True) -> tupl
     from where `training` has begun.
     """
     size, autocast = setup.weight_bytes, setup.autocast and training
-    # Under autocast float32 weights give values in 16 bits; keys leave their norm in float32.
-    each = shape.layers * shape.keys * (4.0 if size == 2 else 6.0 if autocast else 8.0)
+    # Keys leave their norm in float32 under autocast, and transformers' cache keeps values in the keys' type.
+    each = shape.layers * shape.keys * 2.0 * size
     # A step reads keys and values repeated for every query head, one layer at a time.
     narrow = 2 if autocast else size
     step = 2.0 * narrow * shape.queries * setup.slots * setup.sampled_length
     prompts = min(PREFILL_TOKENS, setup.slots * max(setup.sampled_length - setup.completion, 1))
-    reading = prompts * (each + 5 * size * shape.hidden + 3 * narrow * shape.mlp)
-    return each * setup.slots * setup.sampled_length, max(step, reading)
+    wide = 6 * shape.mlp + 2 * shape.hidden if setup.lora_rank else 0  # adapters read their inputs in float32
+    reading = prompts * (each + 5 * size * shape.hidden + 3 * narrow * shape.mlp + wide)
+    copies = 2.0 * (shape.linear_weights + shape.head_weights) if autocast and size == 4 else 0.0
+    return each * setup.slots * setup.sampled_length, max(step, reading) + copies
 
 
 def student_memory(shape: Shape, setup: Setup) -> Estimate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -234,3 +235,18 @@ def test_the_benchmark_s_cases_are_all_forms_with_and_without_recomputation() ->
     options = argparse.Namespace(shape=["Qwen3-0.6B"], form=["full", "bf16"], sequences=4, length=2048, slots=32)
     found = [(form, setup.checkpointing, setup.sequences) for _, form, setup in benchmark.cases(options)]
     assert found == [("full", True, 4), ("full", False, 2), ("bf16", True, 4), ("bf16", False, 2)]
+
+
+def test_every_row_measured_on_an_h100_is_met_within_three_percent() -> None:
+    found = json.loads((ROOT / "benchmarks/results/memory/2026-11-24-h100.json").read_text())
+    about, rows = found["about"], [r for r in found["rows"] if "failed" not in r]
+    assert len(rows) == 51
+    options = argparse.Namespace(**{name: about[name] for name in ("shape", "form", "sequences", "length", "slots")})
+    setups = {(s.name, form, setup.checkpointing): (s, setup) for s, form, setup in benchmark.cases(options)}
+    for row in rows:
+        shape, setup = setups[row["student"], row["form"], row["recompute"]]
+        if row["what"] == "sampling":
+            expected = student_memory(shape, replace(setup, completion=about["new_tokens"])).moments["sampling"]
+        else:
+            expected = student_memory(shape, replace(setup, slots=0)).peak
+        assert row["measured_gib"] == pytest.approx(expected / GIB, rel=0.03), row
