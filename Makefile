@@ -39,7 +39,7 @@ demo: .venv/demo.stamp
 
 # A file's tests stay in one process, because they share their servers. PYTEST_WORKERS: number of processes.
 # PYTEST_ARGS: more arguments for pytest, for example "-k cache" or "--minutes 5".
-SPREAD = -n $${PYTEST_WORKERS:-logical} --maxprocesses 8 --dist loadfile
+SPREAD = -n $${PYTEST_WORKERS:-logical} --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test: .venv/dev.stamp
 	$(PY) -m pytest $(SPREAD) $(PYTEST_ARGS)
 

@@ -30,7 +30,7 @@ def open_one(run: Config, own: bool = False) -> TeacherClient:
     (place,) = places(run, "all", {None})
     assert place.endpoint is not None
     return _connect(
-        run, dataclasses.replace(place, endpoint=None) if own else place, place.endpoint, "", print, NO_TRACER
+        run, dataclasses.replace(place, endpoint=None) if own else place, place.endpoint, "", print, NO_TRACER, None
     )
 
 

@@ -392,10 +392,10 @@ def test_a_checkpoint_of_another_teacher_is_not_continued(go: Run, tmp_path: Pat
 
 def test_the_test_stage_shows_answers_of_both_models(go: Run) -> None:
     shown = go("test")
-    assert "the teacher scored" in shown
-    for who in ("student", "teacher"):
-        for mode in ("thinking", "non_thinking"):
-            assert f"{who}, {mode}: " in shown
+    parts = dict(part.split(" \n", 1) for part in shown.split("\n── ")[1:])
+    assert {"student", "teacher", "score", "thinking", "non-thinking", "what training will meet"} == parts.keys()
+    for mode in ("thinking", "non-thinking"):
+        assert all(f"\n  {who} (" in parts[mode] for who in ("student", "teacher"))
 
 
 def test_stage_1_gives_the_same_weights_however_its_batch_is_split(go: Run, tmp_path: Path) -> None:
