@@ -120,7 +120,8 @@ def test_a_whole_step_and_sampling_allocate_what_is_estimated(recompute: bool) -
         accumulation=2, slots=8, sampled_length=128, top_k=16,
     )  # fmt: skip
     for what, expected, found in benchmark.measure(shape, setup, torch.device("cpu"), 4):
-        assert found == pytest.approx(expected, rel=0.12), what
+        least = 0.8 if what == "sampling" else 0.88  # transformers from 5.24 on may keep keys and values in 16 bits
+        assert least * expected <= found <= 1.12 * expected, what
 
 
 def test_each_way_to_save_memory_saves_where_it_should() -> None:
