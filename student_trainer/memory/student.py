@@ -142,7 +142,7 @@ def sampling_bytes(shape: Shape, setup: Setup, *, training: bool = True) -> tupl
     from where `training` has begun.
     """
     size, autocast = setup.weight_bytes, setup.autocast and training
-    # Keys leave their norm in float32 under autocast, and transformers' cache keeps values in the keys' type (up to 5.23).
+    # Keys leave their norm in float32 under autocast, and transformers' cache keeps values like keys (up to 5.23).
     each = shape.layers * shape.keys * 2.0 * size
     # A step reads keys and values repeated for every query head, one layer at a time.
     narrow = 2 if autocast else size
