@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,22 @@ class Ask:
     def copies(self) -> int:
         """Samples that the server is asked for: greedy ones are all the same, and vLLM refuses more than one."""
         return 1 if self.request.sampling.temperature == 0 else self.request.n
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What servers call alike. Every parameter is named, because their defaults are those of the model's files."""
+        asked = self.request.sampling
+        return {
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "top_k": asked.top_k or -1,
+            "min_p": 0,
+            "repetition_penalty": 1,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "stop_token_ids": list(self.stop_ids),
+            "ignore_eos": asked.ignore_eos,
+        }
 
 
 def ask_of(request: GenerateRequest, model: StockModel, address: str) -> Ask:

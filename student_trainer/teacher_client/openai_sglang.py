@@ -71,15 +71,7 @@ class Sglang:
         sampling: Sampling = ask.request.sampling
         chosen: dict[str, Any] = {
             "max_new_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": 0,
-            "repetition_penalty": 1,
-            "presence_penalty": 0,
-            "frequency_penalty": 0,
-            "stop_token_ids": list(ask.stop_ids),
-            "ignore_eos": sampling.ignore_eos,
+            **ask.sampling,
         }
         if sampling.seed is not None:
             chosen["sampling_seed"] = (sampling.seed + sample) % 2**31

@@ -50,22 +50,14 @@ class Vllm:
         return found
 
     def generate_call(self, ask: Ask, served: str) -> Call:
-        """See `Dialect`. Every parameter is named, because the server's defaults are those of the model's files."""
+        """See `Dialect`."""
         sampling, logprobs = ask.request.sampling, ask.request.logprobs
         body: dict[str, Any] = {
             "model": served,
             "prompt": ask.prompts,
             "n": ask.copies,
             "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": 0,
-            "repetition_penalty": 1,
-            "presence_penalty": 0,
-            "frequency_penalty": 0,
-            "stop_token_ids": list(ask.stop_ids),
-            "ignore_eos": sampling.ignore_eos,
+            **ask.sampling,
         }
         if sampling.seed is not None:
             body["seed"] = sampling.seed % 2**63
