@@ -17,6 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from student_trainer.commands.common import add_config, add_settings
+
 STAGES = ("all", "non_policy", "policy", "test")
 COMMANDS = {
     "collect": ("student_trainer.commands.collect", "make the off-policy dataset alone: the teacher's responses"),
@@ -49,12 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="write config/distillation_config.yaml (or --config F) with every setting and its default, and stop",
     )
-    parser.add_argument(
-        "--config",
-        metavar="F",
-        type=Path,
-        help="YAML or JSON file with settings [default: config/distillation_config.yaml where it exists]",
-    )
+    add_config(parser)
     parser.add_argument(
         "--stage",
         choices=STAGES,
@@ -75,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="continue from the newest checkpoint of each stage, or from the checkpoint folder DIR",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved settings as YAML, and stop")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings that win over all others")
+    add_settings(parser)
     return parser
 
 

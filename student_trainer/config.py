@@ -319,6 +319,10 @@ class Evaluation(Section):
     """Epochs between two measurements; 0 measures only at the beginning and the end of each stage."""
 
 
+STAGE_NAMES = {"non_policy": "stage 1, off-policy", "policy": "stage 2, on-policy"}
+"""What people read for a stage."""
+
+
 class Config(Section):
     """A whole run."""
 

@@ -23,9 +23,8 @@ def render(tokenizer: Any, messages: Iterable[Message], mode: Mode | None) -> Id
     `tokenizer` is a transformers tokenizer. The non-thinking mode's empty think block is part of the prompt, where the
     template writes one.
     """
-    turns = [{"role": m.role, "content": m.content} for m in messages]
     options = {} if mode is None else {"enable_thinking": mode.thinking}
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+    text = tokenizer.apply_chat_template(_turns(messages), tokenize=False, add_generation_prompt=True, **options)
     return np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int32)
 
 
@@ -34,7 +33,7 @@ def render_all(tokenizer: Any, pairs: Sequence[tuple[Sequence[Message], Mode]]) 
     texts = [""] * len(pairs)
     for mode in Mode:
         places = [place for place, (_, own) in enumerate(pairs) if own is mode]
-        turns = [[{"role": m.role, "content": m.content} for m in pairs[place][0]] for place in places]
+        turns = [_turns(pairs[place][0]) for place in places]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": mode.thinking}
         for place, text in zip(places, tokenizer.apply_chat_template(turns, **options) if turns else (), strict=True):
             texts[place] = text
@@ -44,6 +43,11 @@ def render_all(tokenizer: Any, pairs: Sequence[tuple[Sequence[Message], Mode]]) 
     else:
         rows = [encoding.ids for encoding in fast.encode_batch_fast(texts, add_special_tokens=False)]
     return [np.asarray(row, dtype=np.int32) for row in rows]
+
+
+def _turns(messages: Iterable[Message]) -> list[dict[str, str]]:
+    """A conversation as templates take it."""
+    return [{"role": m.role, "content": m.content} for m in messages]
 
 
 def prompt_tokens(tokenizer: Any, messages: Iterable[Message]) -> int:

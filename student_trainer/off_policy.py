@@ -23,7 +23,7 @@ from protos.scores import Sampling
 from . import distributed
 from .batches import Row, completion_ids
 from .checkpoints import Layout, off_policy_layout
-from .config import Config
+from .config import STAGE_NAMES, Config
 from .data import Example
 from .evaluation import Student, requests_for, response_row
 from .feed import MicroBatch
@@ -55,7 +55,7 @@ def distil(session: Session, student: Student) -> Outcome:
     step_rows = options.batch_size * options.gradient_accumulation_steps
     feed = ResponseFeed(responses, store, loss, step_rows)
     try:
-        measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 1, off-policy")
+        measured = train(session, layout, options, student, feed, loss, checkpoint, STAGE_NAMES["non_policy"])
     finally:
         store.close()
     return Outcome(layout.best_model, measured, time.monotonic() - started)

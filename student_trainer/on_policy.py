@@ -26,7 +26,7 @@ from protos.scores import Ids, Mode, Scores, ids_array
 from . import distributed, in_flight, packing
 from .batches import Row, completion_ids, cut
 from .checkpoints import on_policy_layout
-from .config import Config
+from .config import STAGE_NAMES, Config
 from .data import Example
 from .errors import UserError
 from .evaluation import Student, requests_for, rollout_row
@@ -57,7 +57,7 @@ def distil(session: Session, student: Student) -> Outcome:
     meter = RolloutMeter(session.metrics)
     rollouts = RolloutFeed(session.config, session.train, student, session.teachers, loss, meter)
     with mixed(session, layout, rollouts, loss) as feed:
-        measured = train(session, layout, options, student, feed, loss, checkpoint, "stage 2, on-policy")
+        measured = train(session, layout, options, student, feed, loss, checkpoint, STAGE_NAMES["policy"])
     return Outcome(layout.best_model, measured, time.monotonic() - started)
 
 

@@ -23,7 +23,7 @@ from .config import Config, NonPolicyDistillation
 from .errors import UserError
 from .evaluation import example_of
 from .responses import SCHEMA, Response
-from .verifiers import Verifier, load_verifier
+from .verifiers import Verifier, is_right, load_verifier
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +47,8 @@ def verifier_of(config: Config) -> tuple[str, Verifier] | None:
 
 
 def judged(responses: Sequence[Response], verifier: Verifier) -> list[Response]:
-    """The responses with what the verifier says of each: it is right from 1 on."""
-    return [replace(r, verified=bool(verifier(r.text, example_of(r)) >= 1)) for r in responses]
+    """The responses with what the verifier says of each."""
+    return [replace(r, verified=is_right(verifier, r.text, example_of(r))) for r in responses]
 
 
 def chosen(responses: Sequence[Response], options: NonPolicyDistillation) -> list[Response]:

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from . import distributed, mixture, off_policy, on_policy, parallel
 from .checkpoints import Layout, is_finished, off_policy_layout, on_policy_layout, read_about, recover
-from .config import Config
+from .config import STAGE_NAMES, Config
 from .data import load_examples
 from .evaluation import Evaluator, Student
 from .meters import CallMeter
@@ -38,9 +38,6 @@ from .trial import too_long, try_both
 from .verifiers import load_verifier
 
 log = logging.getLogger(__name__)
-
-STAGES = {"non_policy": "stage 1, off-policy", "policy": "stage 2, on-policy"}
-"""What people read for a layout's stage."""
 
 
 def run(config: Config, stage: str, pretrained_student: str | Path | None, console: Console) -> None:
@@ -122,7 +119,7 @@ def run_stages(session: Session, stage: str, source: str | Path) -> list[dict[st
     earlier = off_policy_layout(config.training.output_dir)
     if first == "policy" and Path(source) == earlier.best_model:
         temperature = config.non_policy_distillation.temperature
-        record.add_stage(f"{STAGES['non_policy']} (an earlier run)", earlier.root, temperature)
+        record.add_stage(f"{STAGE_NAMES['non_policy']} (an earlier run)", earlier.root, temperature)
     if stage in ("all", "non_policy"):
         layout = off_policy_layout(config.training.output_dir)
         outcome = run_stage(session, layout, off_policy.distil, lambda: student)
@@ -148,7 +145,7 @@ def run_stage(
     options = (
         session.config.non_policy_distillation if layout.stage == "non_policy" else session.config.policy_distillation
     )
-    session.record.begin_stage(STAGES[layout.stage], layout.root, options.temperature)
+    session.record.begin_stage(STAGE_NAMES[layout.stage], layout.root, options.temperature)
     if distributed.on_main(lambda: is_finished(layout, session.resume)):
         log.info("%s is finished, going on after it", layout.root)
         return Outcome(layout.best_model, read_about(layout.best_model).get("measured", {}), None)

@@ -74,15 +74,31 @@ def load_config(
     """
     if file is None and DEFAULT_FILE.is_file():
         file = DEFAULT_FILE
+    content = {} if file is None else read_file(file)
+    return make_config(content, str(file), overrides, environment, flags)
+
+
+def make_config(
+    content: Any,
+    source: str,
+    overrides: Sequence[str],
+    environment: Mapping[str, str],
+    flags: Mapping[KeyPath, Any] | None = None,
+) -> Config:
+    """As `load_config`, from a file's `content` that was read already; `source` names it in errors."""
     values: dict[str, Any] = {}
     origins: dict[KeyPath, str] = {}
     problems: list[str] = []
-    sources = [*_file_values(file), *_environment_values(environment), *_override_values(overrides, problems)]
+    sources = [
+        *_file_values(content, source),
+        *_environment_values(environment),
+        *_override_values(overrides, problems),
+    ]
     sources += [(path, value, "command line") for path, value in (flags or {}).items()]
-    for path, value, source in _single_keys(sources):
-        if _check_known(path, source, problems):
+    for path, value, origin in _single_keys(sources):
+        if _check_known(path, origin, problems):
             _put(values, path, value)
-            origins[path] = source
+            origins[path] = origin
     if not problems:
         try:
             return Config.model_validate(values)
@@ -91,13 +107,10 @@ def load_config(
     raise UserError("\n".join(problems))
 
 
-def _file_values(file: Path | None) -> Iterator[tuple[KeyPath, Any, str]]:
-    if file is None:
-        return
-    data = read_file(file)
-    if not isinstance(data, dict):
-        raise UserError("not a configuration: sections with keys are expected", str(file), _HOW)
-    yield from (((str(section),), content, str(file)) for section, content in data.items())
+def _file_values(content: Any, source: str) -> Iterator[tuple[KeyPath, Any, str]]:
+    if not isinstance(content, dict):
+        raise UserError("not a configuration: sections with keys are expected", source, _HOW)
+    yield from (((str(section),), inner, source) for section, inner in content.items())
 
 
 def _single_keys(sources: Iterable[tuple[KeyPath, Any, str]]) -> Iterator[tuple[KeyPath, Any, str]]:

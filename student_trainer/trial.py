@@ -20,18 +20,18 @@ from protos.scores import Completion, Ids, Mode, Prompt, Sampling, Scores, Score
 from protos.scores import Sequence as Tokens
 
 from . import distributed
-from .config import Config
+from .config import STAGE_NAMES, Config
 from .data import Example
 from .errors import UserError
 from .evaluation import Student, answer_text
 from .memory.shapes import shape_of
-from .memory.student import STAGES, setup_of, student_memory
+from .memory.student import setup_of, student_memory
 from .modes import render
 from .packing import packs
 from .rollouts import Rollout, in_order
 from .stage import open_student
 from .teachers import Teacher, Teachers
-from .verifiers import Verifier
+from .verifiers import Verifier, is_right
 
 log = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def _teacher_answer(teacher: Teacher, prompt: Ids, mode: Mode, limit: int) -> Co
 def _show_answer(
     page: Page, who: str, text: str, ids: Ids, reason: str, example: Example, verifier: Verifier | None
 ) -> None:
-    judged = "" if verifier is None else ", right" if verifier(text, example) else ", wrong"
+    judged = "" if verifier is None else ", right" if is_right(verifier, text, example) else ", wrong"
     page.line(f"  {who} ({len(ids)} tokens, {reason}{judged}):")
     for line in text.splitlines() or [""]:
         page.line(f"    {line}")
@@ -250,9 +250,9 @@ def _memory(config: Config, source: str | Path, page: Page) -> Iterator[str]:
     cuda = torch.cuda.is_available()
     room = torch.cuda.get_device_properties(0).total_memory if cuda else _machine_bytes()
     where = "a GPU" if cuda else "this machine"
-    for stage in STAGES:
+    for stage, title in STAGE_NAMES.items():
         needed = student_memory(shape, setup_of(config, stage, distributed.world())).peak
-        name = {"non_policy": "stage 1", "policy": "stage 2"}[stage]
+        name = title.partition(",")[0]
         page.line(f"  {name} takes about {needed / GIB:.2f} GiB of {where}'s {room / GIB:.1f} GiB")
         if needed > 0.92 * room:
             yield (

@@ -172,6 +172,5 @@ def describe_part(found: Sequence[Response]) -> str:
         f"{len(found):,} responses to {len({r.example_id for r in found}):,} prompts, {sum(tokens):,} tokens"
         f" (median {tokens[len(tokens) // 2]:,}, longest {tokens[-1]:,}); ended by {ends}"
     )
-    verified = [getattr(r, "verified", None) for r in found]
-    judged = [v for v in verified if v is not None]
+    judged = [r.verified for r in found if r.verified is not None]
     return f"{text}; verified {sum(judged):,} of {len(judged):,}" if judged else text

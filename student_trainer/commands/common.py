@@ -6,9 +6,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from student_trainer import settings
-from student_trainer.config import Config
+if TYPE_CHECKING:
+    from student_trainer.config import Config
 
 
 def command_parser(name: str, description: str, epilog: str = "") -> argparse.ArgumentParser:
@@ -20,13 +21,18 @@ def command_parser(name: str, description: str, epilog: str = "") -> argparse.Ar
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_config(parser)
+    return parser
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Takes --config."""
     parser.add_argument(
         "--config",
         metavar="F",
         type=Path,
         help="YAML or JSON file with settings [default: config/distillation_config.yaml where it exists]",
     )
-    return parser
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -36,4 +42,6 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def configuration(file: Path | None, overrides: Sequence[str]) -> Config:
     """The configuration, as training would have it; UserError with a line for each mistake."""
+    from student_trainer import settings
+
     return settings.load_config(file, list(overrides), os.environ)

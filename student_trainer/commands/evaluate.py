@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import tempfile
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -73,6 +73,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _configuration(file: Path | None, folder: Path, settings: Sequence[str]) -> Config:
     """The configuration of `file`, or the one that `folder` was trained with, or the default; adapters are merged."""
+    from student_trainer.settings import make_config
+
     recorded = folder / "training_config.json"
     if file is None and recorded.is_file():
         try:
@@ -80,11 +82,7 @@ def _configuration(file: Path | None, folder: Path, settings: Sequence[str]) -> 
         except (ValueError, AttributeError) as error:
             raise UserError(f"cannot be read: {error}", str(recorded), "name a configuration with --config") from error
         if kept is not None:
-            with tempfile.TemporaryDirectory() as place:
-                copy = Path(place) / recorded.name
-                copy.write_text(json.dumps(kept), encoding="utf-8")
-                config = configuration(copy, settings)
-            return _plain(config)
+            return _plain(make_config(kept, str(recorded), settings, os.environ))
     return _plain(configuration(file, settings))
 
 

@@ -10,14 +10,13 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 
 from student_trainer.commands.common import add_settings, command_parser, configuration
-from student_trainer.config import Config
+from student_trainer.config import STAGE_NAMES, Config
 from student_trainer.errors import UserError
 from student_trainer.memory.shapes import Shape, shape_of
-from student_trainer.memory.student import STAGES, Estimate, setup_of, student_memory
+from student_trainer.memory.student import Estimate, setup_of, student_memory
 from student_trainer.memory.teacher import UTILIZATION, WEIGHT_BYTES, TeacherEstimate, teacher_memory
 
 GIB = 2**30
-NAMES = {"non_policy": "stage 1, off-policy", "policy": "stage 2, on-policy"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -82,19 +81,19 @@ def report(config: Config, options: argparse.Namespace) -> Iterator[str]:
 
 
 def _student(config: Config, shape: Shape, teacher_hidden: int, gpus: int, gpu_bytes: float) -> Iterator[str]:
-    setups = {stage: setup_of(config, stage, gpus, teacher_hidden) for stage in STAGES}
+    setups = {stage: setup_of(config, stage, gpus, teacher_hidden) for stage in STAGE_NAMES}
     found = {stage: student_memory(shape, setup) for stage, setup in setups.items()}
     way = "shards on each" if setups["policy"].parallel == "sharded" else "all of it on each"
     place = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs, {way}"
     yield f"Student {shape.name}: {_count(shape.weights)} weights, {place}; GiB on one GPU"
     yield from _table(
-        [NAMES[stage] for stage in STAGES],
+        list(STAGE_NAMES.values()),
         {name: [e.parts.get(name) for e in found.values()] for e in found.values() for name in e.parts},
     )
     yield "at its largest moments"
     moments = {name: [e.moments.get(name) for e in found.values()] for e in found.values() for name in e.moments}
     yield from _table(None, moments)
-    yield from (_verdict(NAMES[stage], estimate, gpu_bytes) for stage, estimate in found.items())
+    yield from (_verdict(STAGE_NAMES[stage], estimate, gpu_bytes) for stage, estimate in found.items())
     if config.policy_distillation.rollout_engine == "vllm":
         share = float(config.policy_distillation.rollout_engine_args.get("gpu_memory_utilization", 0.4))
         yield f"While vLLM samples, it takes {share:.0%} of the GPU beside weights and optimiser states."

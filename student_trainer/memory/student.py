@@ -14,7 +14,6 @@ from typing import Literal
 from student_trainer.config import Config
 from student_trainer.memory.shapes import Shape
 
-STAGES = ("non_policy", "policy")
 ONCE_BYTES, BLOCK_BYTES, BLOCK_IDS = 2**29, 2**26, 2048
 """As in losses/fused.py: logits that are held at once, or a block of them where they are computed twice."""
 PREFILL_TOKENS = 16384

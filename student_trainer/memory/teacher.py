@@ -8,12 +8,10 @@ how many tokens these hold. Bytes, on one GPU; docs/models.md has the formulas.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from student_trainer.memory.shapes import Shape
 
 GIB = 2**30
-Form = Literal["bfloat16", "fp8", "int4"]
 WEIGHT_BYTES: dict[str, float] = {"bfloat16": 2.0, "fp8": 1.0, "int4": 0.53}
 """Bytes of a weight of the layers' matrices; int4 with a 16-bit scale and zero point for each 128."""
 BATCHED_TOKENS = 8192

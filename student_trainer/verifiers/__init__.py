@@ -4,7 +4,7 @@ They know no model and no metric. A verifier of your own is `module:function`, i
 installed package, and gets the whole text, think tags included.
 """
 
-from student_trainer.verifiers.loading import Verifier, load_verifier
+from student_trainer.verifiers.loading import Verifier, is_right, load_verifier
 from student_trainer.verifiers.texts import after_thinking, final_answer
 
-__all__ = ["Verifier", "after_thinking", "final_answer", "load_verifier"]
+__all__ = ["Verifier", "after_thinking", "final_answer", "is_right", "load_verifier"]

@@ -32,6 +32,11 @@ NEEDS = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}
 """The packages that some of them need."""
 
 
+def is_right(verifier: Verifier, text: str, example: Example) -> bool:
+    """Whether `verifier` takes `text` for a right answer, one of part of the points being none."""
+    return bool(verifier(text, example) >= 1)
+
+
 def load_verifier(name: str | None, key: str = "evaluation.verifier") -> Verifier | None:
     """The verifier that the setting `key` names, None for none; UserError where it cannot be found or lacks an option.
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from protos.scores import CompletionDelta
 from teacher_server.auth import Caller
+from teacher_server.service import TeacherService
 from teacher_server.transports import openai_tokens, problems
 from teacher_server.transports.completions import gather
 from teacher_server.transports.http_stream import stream, while_connected
@@ -79,6 +80,17 @@ def make_router(http: Http) -> APIRouter:
             last=last,
         )
 
+    async def text_call(
+        request: Request, method: str, model: type[Model], make: Callable[[TeacherService, Model], dict[str, Any]]
+    ) -> Response:
+        """Answers what needs the tokenizer alone."""
+        caller = http.caller(request, "openai")
+        with service.serving(method, caller):
+            async with http.body(request) as body:
+                read = caller.exchange.reads(lambda: make(service, parse(model, body)))
+                found = await off_loop(len(body), read)
+        return json_response(found)
+
     @router.get("/v1/models")
     async def models(request: Request) -> dict[str, Any]:
         """The one model that is served."""
@@ -101,22 +113,12 @@ def make_router(http: Http) -> APIRouter:
     @router.post("/tokenize", openapi_extra=json_body("TokenizeBody"))
     async def tokenize(request: Request) -> Response:
         """Token ids of a text, or of a conversation as the template renders it."""
-        caller = http.caller(request, "openai")
-        with service.serving("tokenize", caller):
-            async with http.body(request) as body:
-                read = caller.exchange.reads(lambda: openai_tokens.tokenize(service, parse(TokenizeBody, body)))
-                found = await off_loop(len(body), read)
-        return json_response(found)
+        return await text_call(request, "tokenize", TokenizeBody, openai_tokens.tokenize)
 
     @router.post("/detokenize", openapi_extra=json_body("DetokenizeBody"))
     async def detokenize(request: Request) -> Response:
         """The text of token ids, special tokens included."""
-        caller = http.caller(request, "openai")
-        with service.serving("detokenize", caller):
-            async with http.body(request) as body:
-                read = caller.exchange.reads(lambda: openai_tokens.detokenize(service, parse(DetokenizeBody, body)))
-                found = await off_loop(len(body), read)
-        return json_response(found)
+        return await text_call(request, "detokenize", DetokenizeBody, openai_tokens.detokenize)
 
     return router
 

@@ -50,8 +50,7 @@ class Choices:
                 choices.append(self._choice(index, prompt, one))
         answer = self._head | {"choices": choices, "service_tier": None, "usage": self._usage()}
         if self._wish.chat:
-            ids = self._call.prompts[0].tolist() if self._body.return_token_ids else None
-            answer |= {"prompt_logprobs": self._prompt_logprobs(0), "prompt_token_ids": ids}
+            answer |= {"prompt_logprobs": self._prompt_logprobs(0)} | self._given(0)
         return answer
 
     def _choice(self, index: int, prompt: int, one: domain.Completion) -> dict[str, Any]:
@@ -68,8 +67,7 @@ class Choices:
             nothing = dict.fromkeys(("refusal", "annotations", "audio", "function_call"))
             message = {"role": "assistant", "content": content, "reasoning": reasoning or None} | nothing
             return choice | {"message": message}
-        ids = self._call.prompts[prompt].tolist() if self._body.return_token_ids else None
-        choice |= {"prompt_logprobs": self._prompt_logprobs(prompt), "prompt_token_ids": ids}
+        choice |= {"prompt_logprobs": self._prompt_logprobs(prompt)} | self._given(prompt)
         return choice | {"text": self._echoed(prompt) + one.text}
 
     def _logprobs(
@@ -147,6 +145,7 @@ class Choices:
                 yield self._chunk(prompt, index, choice, self._sampled[index])
 
     def _given(self, prompt: int) -> dict[str, Any]:
+        """The prompt's ids, null where the call does not want them."""
         ids = self._call.prompts[prompt].tolist() if self._body.return_token_ids else None
         return {"prompt_token_ids": ids}
 

@@ -26,6 +26,7 @@ from protos import errors
 from protos.scores import Prompt, Sampling
 from student_trainer.teacher_client import Credentials, connect
 from tests.deployment.engine import missing, run
+from tests.deployment.prometheus import query
 from tests.deployment.proxies import free_port
 from tests.deployment.stack import IMAGES, SECRET, Stack, build, build_prometheus
 from tests.deployment.test_compose import board
@@ -168,14 +169,7 @@ class Prometheus:
 
     def ask(self, expression: str) -> list[Any]:
         """The series of an expression; none while it does not answer."""
-        try:
-            answer = httpx.get(f"{self._url}/query", params={"query": expression})
-        except httpx.TransportError:
-            return []
-        if answer.status_code == 503:  # it reads its files
-            return []
-        assert answer.status_code == 200, answer.text
-        return list(answer.json()["data"]["result"])
+        return query(self._url, expression)
 
     def alerts(self) -> list[Any]:
         """All alerts, as rules that are looked at."""

@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from tests.certificates import make_authority
+from tests.deployment.prometheus import query
 from tests.deployment.proxies import free_port
 from tests.deployment.test_compose import DOCKER, SERVICES, board
 from tests.servers import ROOT, environment, serving, theory, wait_for
@@ -167,14 +168,7 @@ def test_teacher_trainer_and_prometheus_work_together_by_the_commands_of_their_s
     shutil.copytree(tmp_path / "keys-of-clients/trainer", tmp_path / "key")
 
     def ask(expression: str) -> list[Any]:
-        try:
-            answer = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": expression})
-        except httpx.TransportError:
-            return []
-        if answer.status_code == 503:  # it reads its files
-            return []
-        assert answer.status_code == 200, answer.text
-        return list(answer.json()["data"]["result"])
+        return query(f"http://127.0.0.1:{port}/api/v1", expression)
 
     def seen() -> bool:
         assert run.poll() is None, (tmp_path / "trainer.out").read_text()[-3000:]
